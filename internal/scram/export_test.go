@@ -1,0 +1,4 @@
+package scram
+
+// VerifierWithSalt is Verifier with the salt of a test vector.
+var VerifierWithSalt = verifier
