@@ -1,0 +1,201 @@
+package tenancy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/msmt-go/tenancy/internal/ident"
+)
+
+// Membership says that a user belongs to a tenant.
+type Membership struct {
+	User    UserKey
+	Tenant  ID
+	Role    Role   // default RoleMember
+	Source  string // who says so, such as "ldap"; default "", by hand
+	Default bool   // the tenant for requests of this user that name none; at most one per user
+}
+
+func (m *Membership) check() error {
+	def(&m.Role, RoleMember)
+	if err := ident.UserKey(string(m.User)); err != nil {
+		return invalid(fmt.Errorf("user key: %w", err))
+	}
+	if m.Role != RoleMember && m.Role != RoleAdmin {
+		return invalid(fmt.Errorf("role: %q is neither member nor admin", m.Role))
+	}
+	if len(m.Source) > 64 {
+		return invalid(errors.New("source: at most 64 bytes"))
+	}
+	return nil
+}
+
+// AddMember lets a user into a tenant, or changes the role and source of one who is in. A user's first membership
+// becomes the default one. The error is [ErrInvalid], [ErrUserLimit], [ErrTenantNotFound],
+// [ErrTenantGone] or [ErrPrimaryUnavailable].
+func (c *Catalog) AddMember(ctx context.Context, m Membership) error {
+	if err := m.check(); err != nil {
+		return &Error{Op: "add member", Tenant: m.Tenant, Err: err}
+	}
+	return c.write(ctx, "add member", m.Tenant, func(tx pgx.Tx) error {
+		if state, err := lockRow(ctx, tx, m.Tenant); err != nil {
+			return err
+		} else if state == StateDeleted {
+			return ErrTenantGone
+		}
+		return addMember(ctx, tx, m)
+	})
+}
+
+// addMember runs under the lock of the tenant's row, so that two at once cannot pass the limit together.
+func addMember(ctx context.Context, tx pgx.Tx, m Membership) error {
+	var full bool
+	err := tx.QueryRow(ctx, `SELECT t.max_users IS NOT NULL
+			AND NOT EXISTS (SELECT FROM tenancy.memberships m WHERE m.tenant = t.id AND m.user_key = $2)
+			AND (SELECT count(*) FROM tenancy.memberships m WHERE m.tenant = t.id) >= t.max_users
+		FROM tenancy.tenants t WHERE t.id = $1`, m.Tenant, m.User).Scan(&full)
+	if err != nil {
+		return err
+	}
+	if full {
+		return ErrUserLimit
+	}
+	// One user's memberships are changed by one transaction at a time: the default must stay single.
+	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtextextended('tenancy user ' || $1, 0))`, m.User); err != nil {
+		return err
+	}
+	if m.Default {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.memberships SET is_default = false WHERE user_key = $1 AND is_default`, m.User); err != nil {
+			return err
+		}
+	}
+	if _, err := tx.Exec(ctx, `INSERT INTO tenancy.memberships AS m (user_key, tenant, role, source, is_default)
+		VALUES ($1, $2, $3, $4, $5 OR NOT EXISTS (SELECT FROM tenancy.memberships WHERE user_key = $1))
+		ON CONFLICT (user_key, tenant) DO UPDATE SET role = excluded.role, source = excluded.source, is_default = m.is_default OR $5`,
+		m.User, m.Tenant, m.Role, m.Source, m.Default); err != nil {
+		return err
+	}
+	if err := audit(ctx, tx, "add member", m.Tenant, map[string]any{"user": m.User, "role": m.Role}); err != nil {
+		return err
+	}
+	return changed(ctx, tx, "member", m.Tenant, string(m.User))
+}
+
+// RemoveMember takes a user out of a tenant; one who is not in is no error. The next request of the
+// user is refused on every node. The error is [ErrPrimaryUnavailable].
+func (c *Catalog) RemoveMember(ctx context.Context, id ID, user UserKey) error {
+	return c.write(ctx, "remove member", id, func(tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `DELETE FROM tenancy.memberships WHERE tenant = $1 AND user_key = $2`, id, user)
+		if err != nil || tag.RowsAffected() == 0 {
+			return err
+		}
+		if err := audit(ctx, tx, "remove member", id, map[string]any{"user": user}); err != nil {
+			return err
+		}
+		return changed(ctx, tx, "member", id, string(user))
+	})
+}
+
+// SetDefault makes one of the user's tenants the one for requests that name none. The error is
+// [ErrForbidden] when the user does not belong to it, or [ErrPrimaryUnavailable].
+func (c *Catalog) SetDefault(ctx context.Context, user UserKey, id ID) error {
+	return c.write(ctx, "set default", id, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtextextended('tenancy user ' || $1, 0))`, user); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.memberships SET is_default = false WHERE user_key = $1 AND is_default`, user); err != nil {
+			return err
+		}
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.memberships SET is_default = true WHERE user_key = $1 AND tenant = $2`, user, id)
+		if err != nil {
+			return err
+		}
+		if tag.RowsAffected() == 0 {
+			return ErrForbidden
+		}
+		return changed(ctx, tx, "member", id, string(user))
+	})
+}
+
+// Members iterates over a tenant's members in order of their keys.
+func (c *Catalog) Members(ctx context.Context, id ID) iter.Seq2[Membership, error] {
+	return func(yield func(Membership, error) bool) {
+		list, err := c.memberships(ctx, `tenant = $1`, id)
+		if err != nil {
+			yield(Membership{}, err)
+			return
+		}
+		for _, m := range list {
+			if !yield(m, nil) {
+				return
+			}
+		}
+	}
+}
+
+// TenantsOf returns the memberships of a user in order of tenant ID; none is no error.
+func (c *Catalog) TenantsOf(ctx context.Context, user UserKey) ([]Membership, error) {
+	return c.memberships(ctx, `user_key = $1`, user)
+}
+
+func (c *Catalog) memberships(ctx context.Context, where string, arg any) ([]Membership, error) {
+	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT user_key, tenant, role, source, is_default
+		FROM tenancy.memberships WHERE `+where+` ORDER BY user_key, tenant`, arg)
+	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Membership])
+	return list, unavailable("read memberships", err)
+}
+
+// AddDomain lets a host name stand for a tenant. It is stored in its canonical form: lower case, no trailing dot, no port.
+// The error is [ErrInvalid], [ErrTenantExists] (another tenant has the domain), [ErrTenantNotFound], [ErrTenantGone] or [ErrPrimaryUnavailable].
+func (c *Catalog) AddDomain(ctx context.Context, id ID, domain string) error {
+	canonical, err := ident.Domain(domain)
+	if err != nil {
+		return &Error{Op: "add domain", Tenant: id, Err: invalid(fmt.Errorf("domain: %w", err))}
+	}
+	return c.write(ctx, "add domain", id, func(tx pgx.Tx) error {
+		if _, err := lockRow(ctx, tx, id); err != nil {
+			return err
+		}
+		return addDomain(ctx, tx, id, canonical)
+	})
+}
+
+func addDomain(ctx context.Context, tx pgx.Tx, id ID, domain string) error {
+	var holder ID
+	err := tx.QueryRow(ctx, `INSERT INTO tenancy.domains AS d (domain, tenant) VALUES ($1, $2)
+		ON CONFLICT (domain) DO UPDATE SET tenant = d.tenant RETURNING tenant`, domain, id).Scan(&holder)
+	if err != nil {
+		return err
+	}
+	if holder != id {
+		return hinted(ErrTenantExists, "the domain %s belongs to another tenant", domain)
+	}
+	if err := audit(ctx, tx, "add domain", id, map[string]any{"domain": domain}); err != nil {
+		return err
+	}
+	return changed(ctx, tx, "domain", id, domain)
+}
+
+// RemoveDomain frees a domain; one that no tenant has is no error.
+func (c *Catalog) RemoveDomain(ctx context.Context, domain string) error {
+	canonical, err := ident.Domain(domain)
+	if err != nil {
+		return &Error{Op: "remove domain", Err: invalid(fmt.Errorf("domain: %w", err))}
+	}
+	return c.write(ctx, "remove domain", 0, func(tx pgx.Tx) error {
+		var id ID
+		err := tx.QueryRow(ctx, `DELETE FROM tenancy.domains WHERE domain = $1 RETURNING tenant`, canonical).Scan(&id)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if err := audit(ctx, tx, "remove domain", id, map[string]any{"domain": canonical}); err != nil {
+			return err
+		}
+		return changed(ctx, tx, "domain", id, canonical)
+	})
+}

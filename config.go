@@ -1,0 +1,227 @@
+package tenancy
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/msmt-go/tenancy/internal/ident"
+)
+
+// Config is what Open needs. PrimaryURL and Keys are required, Migrations where tenants are
+// created; every other field has a default. Open copies it.
+type Config struct {
+	// PrimaryURL is the primary database with the catalog login that Init made:
+	// postgres://user:password@host:port/database. Required.
+	PrimaryURL string
+	// ListenURL is a direct way to the same database for LISTEN, for when PrimaryURL is a
+	// pooler that loses notifications. Default: PrimaryURL.
+	ListenURL string
+	// HostURL is the host's own database, reached through Tenancy.Host. Default: none.
+	HostURL string
+	// Server is where tenants live. It is registered in the primary when none is there yet.
+	// Default: the servers that the primary lists.
+	Server *ServerConfig
+	// Keys seal passwords in the primary. The first one seals, all of them open. Required.
+	Keys Keyring
+
+	// Migrations holds the service's goose files, at its root or in one subdirectory (as
+	// go:embed makes it). Default: none, and Create refuses.
+	Migrations fs.FS
+	// GoMigrations are migrations in code, beside the files. Default: none.
+	GoMigrations []GoMigration
+
+	// Isolation of tenants that Create makes. Default: IsolationSchema.
+	Isolation Isolation
+	// HostManagers are users of the host: they may work without a tenant. Default: none.
+	HostManagers []UserKey
+	// ValidityCron is when the validity job re-reads what this node holds: five cron fields or
+	// "@every 10m". No zone prefix: fields are in UTC. Default: "@every 10m".
+	ValidityCron string
+	// Lookups bounds the caches of the request path.
+	Lookups LookupConfig
+	// Limits bounds what this node opens.
+	Limits Limits
+	// DrainTimeout is how long Close waits for work in flight. Default: 10 s.
+	DrainTimeout time.Duration
+	// CheckPrimaryOnly makes Open refuse a primary whose own schema is behind, where the
+	// default is to bring it up to date.
+	CheckPrimaryOnly bool
+	// Extensions puts tenancy_ext, the schema for extensions, on every tenant's search_path.
+	Extensions bool
+	// ReferenceTables puts tenancy_ref, read-only tables shared by all tenants, on every tenant's search_path.
+	ReferenceTables bool
+	// Logger receives what an operator should know. Default: slog.Default().
+	Logger *slog.Logger
+
+	// WrapResolver replaces the default resolver, or wraps it. Default: the default resolver.
+	WrapResolver func(next TenantResolver) TenantResolver
+	// PoolBuilder makes a tenant's pool from a finished configuration. Default: pgxpool.NewWithConfig.
+	PoolBuilder PoolBuilder
+	// PoolConfig may change a tenant's pool settings (tracers, limits, types). What pins the pool
+	// to its tenant is set again afterwards and cannot be changed here. Default: none.
+	PoolConfig func(ctx context.Context, t Tenant, cfg *pgxpool.Config) error
+}
+
+// GoMigration is a migration in code, run inside a transaction as the tenant's owner.
+type GoMigration struct {
+	Version  int64
+	Up, Down func(ctx context.Context, tx *sql.Tx) error
+}
+
+// LookupConfig bounds the caches between a user key and its tenant.
+type LookupConfig struct {
+	// Size is the number of users, and of tenants, that are remembered. Default: 100,000.
+	Size int
+	// NegativeSize is the number of unknown keys that are remembered. Default: 10,000.
+	NegativeSize int
+	// NegativeTTL is how long an unknown key stays unknown without asking again. Default: 5 s.
+	NegativeTTL time.Duration
+	// StaleGrace is how long known users are served while the primary cannot be reached.
+	// Default: 60 s. At least 5 s.
+	StaleGrace time.Duration
+	// PollPeriod is how often the change feed is read without a notification. Default: 1 s.
+	// From 100 ms to 10 s.
+	PollPeriod time.Duration
+	// Timeout of one look-up in the primary. Default: 5 s.
+	Timeout time.Duration
+}
+
+// Limits bounds what one node opens.
+type Limits struct {
+	// TenantConns is the size of one tenant's pool. Default: 4.
+	TenantConns int32
+	// PrimaryConns is the size of the pool to the primary. Default: 8. At least 3.
+	PrimaryConns int32
+	// TenantIdle is how long an unused tenant keeps its pool. Default: 5 min.
+	TenantIdle time.Duration
+	// ConnIdle is how long an unused connection is kept. Default: 1 min.
+	ConnIdle time.Duration
+	// ConnectTimeout of one connection. Default: 5 s.
+	ConnectTimeout time.Duration
+	// Provisions is the number of tenants created or migrated at once by this node. Default: 2.
+	Provisions int
+}
+
+// FromEnv returns a Config made of TENANCY_PRIMARY_URL, TENANCY_LISTEN_URL, TENANCY_HOST_URL,
+// TENANCY_KEYS, TENANCY_VALIDITY_CRON and TENANCY_HOST_MANAGERS (comma separated). Variables that are not set
+// leave the default. An error names the variable, never its value.
+func FromEnv() (Config, error) {
+	c := Config{
+		PrimaryURL:   os.Getenv("TENANCY_PRIMARY_URL"),
+		ListenURL:    os.Getenv("TENANCY_LISTEN_URL"),
+		HostURL:      os.Getenv("TENANCY_HOST_URL"),
+		ValidityCron: os.Getenv("TENANCY_VALIDITY_CRON"),
+	}
+	if c.PrimaryURL == "" {
+		return Config{}, invalid(errors.New("TENANCY_PRIMARY_URL is not set"))
+	}
+	keys, err := ParseKeyring(os.Getenv("TENANCY_KEYS"))
+	if err != nil {
+		return Config{}, fmt.Errorf("TENANCY_KEYS: %w", err)
+	}
+	c.Keys = keys
+	for m := range strings.SplitSeq(os.Getenv("TENANCY_HOST_MANAGERS"), ",") {
+		if m = strings.TrimSpace(m); m != "" {
+			c.HostManagers = append(c.HostManagers, UserKey(m))
+		}
+	}
+	return c, nil
+}
+
+// withDefaults returns a copy of c with every default filled in.
+func (c Config) withDefaults() Config {
+	def(&c.ListenURL, c.PrimaryURL)
+	def(&c.Isolation, IsolationSchema)
+	def(&c.ValidityCron, "@every 10m")
+	def(&c.Lookups.Size, 100_000)
+	def(&c.Lookups.NegativeSize, 10_000)
+	def(&c.Lookups.NegativeTTL, 5*time.Second)
+	def(&c.Lookups.StaleGrace, 60*time.Second)
+	def(&c.Lookups.PollPeriod, time.Second)
+	def(&c.Lookups.Timeout, 5*time.Second)
+	def(&c.Limits.TenantConns, 4)
+	def(&c.Limits.PrimaryConns, 8)
+	def(&c.Limits.TenantIdle, 5*time.Minute)
+	def(&c.Limits.ConnIdle, time.Minute)
+	def(&c.Limits.ConnectTimeout, 5*time.Second)
+	def(&c.Limits.Provisions, 2)
+	def(&c.DrainTimeout, 10*time.Second)
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	c.HostManagers = slices.Clone(c.HostManagers)
+	c.GoMigrations = slices.Clone(c.GoMigrations)
+	return c
+}
+
+func def[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+// validate names the first field that cannot be used, and the rule it breaks.
+func (c Config) validate() error {
+	if c.PrimaryURL == "" {
+		return invalid(errors.New("Config.PrimaryURL is required: postgres://user:password@host:port/database"))
+	}
+	if c.Keys.IsZero() {
+		return invalid(errors.New("Config.Keys is required: make a key with tenancy.NewKey and read it with tenancy.ParseKeyring"))
+	}
+	if c.Isolation != IsolationSchema {
+		return invalid(fmt.Errorf("Config.Isolation: %q is not supported, only %q is", c.Isolation, IsolationSchema))
+	}
+	for i, m := range c.HostManagers {
+		if err := ident.UserKey(string(m)); err != nil {
+			return invalid(fmt.Errorf("Config.HostManagers[%d]: %w", i, err))
+		}
+	}
+	if _, err := parseCron(c.ValidityCron); err != nil {
+		return invalid(fmt.Errorf("Config.ValidityCron: %w", err))
+	}
+	seen := map[int64]bool{}
+	for _, m := range c.GoMigrations {
+		if m.Version <= 0 || m.Up == nil || seen[m.Version] {
+			return invalid(fmt.Errorf("Config.GoMigrations: version %d needs a number above 0 of its own and an Up", m.Version))
+		}
+		seen[m.Version] = true
+	}
+	l := c.Lookups
+	return errors.Join(
+		atLeast("Lookups.Size", l.Size, 1), atLeast("Lookups.NegativeSize", l.NegativeSize, 1),
+		within("Lookups.NegativeTTL", l.NegativeTTL, time.Millisecond, time.Hour),
+		within("Lookups.StaleGrace", l.StaleGrace, 5*time.Second, 24*time.Hour),
+		within("Lookups.PollPeriod", l.PollPeriod, 100*time.Millisecond, 10*time.Second),
+		within("Lookups.Timeout", l.Timeout, 10*time.Millisecond, time.Minute),
+		atLeast("Limits.TenantConns", c.Limits.TenantConns, 1), atLeast("Limits.PrimaryConns", c.Limits.PrimaryConns, 3),
+		within("Limits.TenantIdle", c.Limits.TenantIdle, time.Second, 24*time.Hour),
+		within("Limits.ConnIdle", c.Limits.ConnIdle, time.Second, 24*time.Hour),
+		within("Limits.ConnectTimeout", c.Limits.ConnectTimeout, 10*time.Millisecond, time.Minute),
+		atLeast("Limits.Provisions", c.Limits.Provisions, 1),
+		within("DrainTimeout", c.DrainTimeout, time.Millisecond, time.Hour),
+	)
+}
+
+func atLeast[T int | int32](field string, value, low T) error {
+	if value < low {
+		return invalid(fmt.Errorf("Config.%s is %d: at least %d", field, value, low))
+	}
+	return nil
+}
+
+func within(field string, value, low, high time.Duration) error {
+	if value < low || value > high {
+		return invalid(fmt.Errorf("Config.%s is %v: from %v to %v", field, value, low, high))
+	}
+	return nil
+}

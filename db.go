@@ -1,0 +1,390 @@
+package tenancy
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/puddle/v2"
+	"github.com/msmt-go/tenancy/internal/lease"
+)
+
+// TenantAwareDB is a database that is a different one for each context: every call goes to the
+// tenant that its context carries, over a connection that has proved to be that tenant's own. Its
+// methods are those of [pgxpool.Pool], so code written for pgx, sqlc or scany takes it as it is.
+//
+// It decides anew at each call: a context without a tenant is [ErrNoTenant], one of another
+// primary [ErrTenantMismatch], and a tenant that is not served now one of [ErrTenantSuspended],
+// [ErrTenantMaintenance], [ErrTenantGone], [ErrTenantNotReady] and [ErrTenantNotFound], whatever it
+// was when the context was made. When the primary has been silent for too long the error is
+// [ErrPrimaryUnavailable]; a connection that is not the tenant's is [ErrIdentity] or [ErrPooler];
+// after [Tenancy.Close] it is [ErrClosed]. Errors of a statement are those of pgx.
+//
+// Cancelling a call's ctx ends its wait for a connection, or breaks the connection that runs its
+// statement, as in pgx. There is no bound besides ctx on the wait for a connection.
+//
+// [Tenancy.Host] returns the same type over the host's own database: then the tenant of a
+// context does not matter, and the error without such a database is [ErrNoHostData].
+//
+// Safe for concurrent use. It needs no Close: [Tenancy.Close] ends it.
+type TenantAwareDB struct {
+	tn   *Tenancy
+	host bool
+}
+
+const (
+	rollbackTimeout = 5 * time.Second
+	closeTimeout    = time.Second // for the good-bye on a connection that is given up
+)
+
+// Exec runs sql and returns its command tag. The connection is given back before it returns.
+func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error) {
+	c, err := db.checkout(ctx, "exec")
+	if err != nil {
+		return pgconn.CommandTag{}, err
+	}
+	defer c.release()
+	return c.conn.Exec(ctx, sql, arguments...)
+}
+
+// Query runs sql and returns its rows. They hold a connection until they are closed, read to the
+// end, or a Scan fails.
+//
+// The rows are never nil: after an error they are empty and their Err is that error, so it may be
+// ignored where [pgx.CollectRows] and its like follow.
+func (db *TenantAwareDB) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	c, err := db.checkout(ctx, "query")
+	if err != nil {
+		return errRows{err}, err
+	}
+	kept := false
+	defer func() { // an argument's Value method may panic
+		if !kept {
+			c.release()
+		}
+	}()
+	r, err := c.conn.Query(ctx, sql, args...)
+	if err != nil {
+		return errRows{err}, err
+	}
+	kept = true
+	return &leasedRows{Rows: r, c: c}, nil
+}
+
+// QueryRow runs sql for its first row. The connection is held until Scan, which also gives the
+// error; [pgx.ErrNoRows] when there is no row.
+func (db *TenantAwareDB) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	c, err := db.checkout(ctx, "query")
+	if err != nil {
+		return errRow{err}
+	}
+	kept := false
+	defer func() {
+		if !kept {
+			c.release()
+		}
+	}()
+	r := c.conn.QueryRow(ctx, sql, args...)
+	kept = true
+	return &leasedRow{Row: r, c: c}
+}
+
+// SendBatch sends the queries of b at once. The connection is held until the results are closed
+// or, after [pgx.Batch.BeginTx], until that transaction is committed or rolled back.
+//
+// The transaction is guarded like that of [TenantAwareDB.BeginTx].
+func (db *TenantAwareDB) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
+	c, err := db.checkout(ctx, "send batch")
+	if err != nil {
+		return failedBatch{BatchResults: pgx.FailedBatchResults(b, err), err: err}
+	}
+	kept := false
+	defer func() {
+		if !kept {
+			c.release()
+		}
+	}()
+	br := c.conn.SendBatch(ctx, b)
+	kept = true
+	if inner := br.Tx(); inner != nil {
+		return &leasedBatch{BatchResults: br, tx: &guardedTx{Tx: inner, pool: c.pool, c: c}}
+	}
+	return &leasedBatch{BatchResults: br, c: c}
+}
+
+// CopyFrom copies rows into a table and returns their number, as [pgx.Conn.CopyFrom] does. tableName needs no schema: an
+// unqualified one is the tenant's.
+func (db *TenantAwareDB) CopyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, rowSrc pgx.CopyFromSource) (int64, error) {
+	c, err := db.checkout(ctx, "copy")
+	if err != nil {
+		return 0, err
+	}
+	defer c.release()
+	return c.conn.CopyFrom(ctx, tableName, columnNames, rowSrc)
+}
+
+// Begin starts a transaction with the server's default modes. See [TenantAwareDB.BeginTx].
+func (db *TenantAwareDB) Begin(ctx context.Context) (pgx.Tx, error) {
+	return db.BeginTx(ctx, pgx.TxOptions{})
+}
+
+// BeginTx starts a transaction. It holds a connection until Commit or Rollback, one of which must
+// be called: cancelling ctx does not end it. [TenantAwareDB.InTx] does that by itself.
+//
+// The transaction stays its tenant's: a statement on it needs a context of the same tenant or of none,
+// and with another tenant's is refused with [ErrTenantMismatch]. Commit and Rollback never refuse. What
+// its Conn and LargeObjects return is pgx's own and not guarded so: it works on the tenant's data
+// whatever the context says.
+func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (pgx.Tx, error) {
+	c, err := db.checkout(ctx, "begin")
+	if err != nil {
+		return nil, err
+	}
+	inner, err := c.conn.BeginTx(ctx, txOptions)
+	if err != nil {
+		c.release()
+		return nil, err
+	}
+	return &guardedTx{Tx: inner, pool: c.pool, c: c}, nil
+}
+
+// InTx runs fn in a transaction and commits it when fn returns nil. When fn returns an error or
+// panics, or ctx has ended before the commit, it is rolled back; the rollback has 5 s of its own,
+// whatever became of ctx. fn gets ctx, which carries the session.
+//
+// The error is that of the begin, of fn unchanged, or of the commit: [pgx.ErrTxCommitRollback] when
+// fn ignored a failed statement, [pgx.ErrTxClosed] when it ended the transaction itself. fn is run once.
+func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx context.Context, tx pgx.Tx) error) error {
+	t, err := db.BeginTx(ctx, o)
+	if err != nil {
+		return err
+	}
+	ended := false
+	defer func() { // also for a panic, which goes on afterwards, and for runtime.Goexit
+		if !ended {
+			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
+			defer cancel()
+			t.Rollback(undo) // a failure closes the connection, and with it the transaction
+		}
+	}()
+	if err := fn(ctx, t); err != nil {
+		return err
+	}
+	err = t.Commit(ctx)
+	ended = true
+	return err
+}
+
+// WithConn runs fn with one connection, for what needs a session: LISTEN, temporary tables, advisory
+// locks, SET. The connection is closed afterwards, so each call costs a new one and nothing that fn
+// does to it can reach another call. It is not guarded against another tenant's context: it works on
+// the tenant's data whatever ctx says. fn must not keep it.
+//
+// The error is that of the checkout or of fn.
+func (db *TenantAwareDB) WithConn(ctx context.Context, fn func(ctx context.Context, conn *pgx.Conn) error) error {
+	c, err := db.checkout(ctx, "with conn")
+	if err != nil {
+		return err
+	}
+	// Closed always, not reset and proved again: the server's state can be reset in one round trip, but a
+	// pointer that fn has kept, a changed type map or a goroutine still reading cannot be taken back.
+	// A call that can afford a session can afford the 3 ms of a new connection.
+	defer c.destroy(ctx)
+	return fn(ctx, c.conn.Conn())
+}
+
+// checkout is a connection on loan: what is given back when a call, its rows or its transaction end.
+type checkout struct {
+	conn  *pgxpool.Conn // nil once given back
+	pool  *tenantPool   // nil: the host's
+	lease lease.Lease[ID, *tenantPool]
+}
+
+// checkout finds the tenant of ctx, its pool, and in it a connection that has proved itself.
+func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, error) {
+	if db.host {
+		return db.checkoutHost(ctx, op)
+	}
+	r, err := db.tn.current(ctx, op)
+	if err != nil {
+		return checkout{}, err
+	}
+	c, err := db.tn.acquire(ctx, r)
+	if err != nil && errors.Is(err, puddle.ErrClosedPool) {
+		// Somebody else closed the pool. Nothing was sent, and the next lease is a new pool's.
+		c, err = db.tn.acquire(ctx, r)
+	}
+	if err != nil {
+		return checkout{}, checkoutFailure(op, r.tenant, err)
+	}
+	return c, nil
+}
+
+func (tn *Tenancy) acquire(ctx context.Context, r *record) (checkout, error) {
+	l, err := tn.pools.Acquire(ctx, r.tenant.ID, r.tenant.Generation)
+	if err != nil {
+		return checkout{}, err
+	}
+	p := l.Value()
+	conn, err := p.acquire(ctx)
+	if err != nil {
+		if errors.Is(err, puddle.ErrClosedPool) {
+			l.Discard()
+		}
+		l.Release()
+		return checkout{}, err
+	}
+	return checkout{conn: conn, pool: p, lease: l}, nil
+}
+
+func (db *TenantAwareDB) checkoutHost(ctx context.Context, op string) (checkout, error) {
+	if db.tn.hostPool == nil {
+		return checkout{}, hinted(ErrNoHostData, "set Config.HostURL")
+	}
+	conn, err := db.tn.hostPool.Acquire(ctx)
+	if errors.Is(err, puddle.ErrClosedPool) {
+		err = ErrClosed
+	}
+	if err != nil {
+		return checkout{}, &Error{Op: op, Name: "host", Err: withoutSecrets(err)}
+	}
+	return checkout{conn: conn}, nil
+}
+
+func checkoutFailure(op string, t Tenant, err error) error {
+	if e, ok := err.(*Error); ok {
+		return e // the look-up's own, with its RetryAfter
+	}
+	if errors.Is(err, lease.ErrClosed) {
+		err = ErrClosed
+	}
+	return &Error{Op: op, Tenant: t.ID, Name: t.Name, Err: err}
+}
+
+// release gives the connection and the lease back, once.
+func (c *checkout) release() {
+	conn := c.conn
+	if conn == nil {
+		return
+	}
+	c.conn = nil
+	conn.Release() // closes it when it is busy or in a transaction
+	if c.pool != nil {
+		c.lease.Release()
+	}
+}
+
+// destroy is release for a connection that nobody may use again.
+func (c *checkout) destroy(ctx context.Context) {
+	conn := c.conn
+	c.conn = nil
+	destroy(ctx, conn)
+	if c.pool != nil {
+		c.lease.Release()
+	}
+}
+
+// leasedRows are [pgx.Rows] that give their connection back when they end.
+type leasedRows struct {
+	pgx.Rows
+	c checkout
+}
+
+func (r *leasedRows) Close() {
+	r.Rows.Close()
+	r.c.release()
+}
+
+func (r *leasedRows) Next() bool {
+	if r.Rows.Next() {
+		return true
+	}
+	r.Close()
+	return false
+}
+
+// Scan closes the rows when it fails, as pgx does.
+func (r *leasedRows) Scan(dest ...any) error {
+	err := r.Rows.Scan(dest...)
+	if err != nil {
+		r.Close()
+	}
+	return err
+}
+
+// Values closes the rows when it fails, as pgx does.
+func (r *leasedRows) Values() ([]any, error) {
+	values, err := r.Rows.Values()
+	if err != nil {
+		r.Close()
+	}
+	return values, err
+}
+
+// leasedRow is a [pgx.Row] that gives its connection back after Scan.
+type leasedRow struct {
+	pgx.Row
+	c checkout
+}
+
+func (r *leasedRow) Scan(dest ...any) error {
+	defer r.c.release() // also when a Scan method of dest panics
+	return r.Row.Scan(dest...)
+}
+
+// leasedBatch is a [pgx.BatchResults] that give their connection back when they are closed, or
+// leave that to the transaction which the batch began.
+type leasedBatch struct {
+	pgx.BatchResults
+	c  checkout
+	tx *guardedTx // nil: none, and c is ours
+}
+
+func (b *leasedBatch) Close() error {
+	defer b.c.release() // also when a callback panics: the connection is busy then, and closed
+	err := b.BatchResults.Close()
+	if b.tx != nil {
+		b.tx.closeIfOver()
+	}
+	return err
+}
+
+// Tx returns the guarded transaction, or an untyped nil as pgx does.
+func (b *leasedBatch) Tx() pgx.Tx {
+	if b.tx == nil {
+		return nil
+	}
+	return b.tx
+}
+
+// failedBatch is a batch that was never sent. pgx's own would panic in FieldDescriptions and Scan
+// of the rows it returns; its Tx, a closed one if the batch asked for one, is right.
+type failedBatch struct {
+	pgx.BatchResults
+	err error
+}
+
+func (b failedBatch) Query() (pgx.Rows, error) { return errRows{b.err}, b.err }
+func (b failedBatch) QueryRow() pgx.Row        { return errRow{b.err} }
+
+// errRows are the rows of a query that was not run.
+type errRows struct{ err error }
+
+func (errRows) Close()                                       {}
+func (r errRows) Err() error                                 { return r.err }
+func (errRows) CommandTag() pgconn.CommandTag                { return pgconn.CommandTag{} }
+func (errRows) FieldDescriptions() []pgconn.FieldDescription { return nil }
+func (errRows) Next() bool                                   { return false }
+func (r errRows) Scan(...any) error                          { return r.err }
+func (r errRows) Values() ([]any, error)                     { return nil, r.err }
+func (errRows) RawValues() [][]byte                          { return nil }
+func (errRows) Conn() *pgx.Conn                              { return nil }
+func (errRows) TypeMap() *pgtype.Map                         { return nil }
+
+type errRow struct{ err error }
+
+func (r errRow) Scan(...any) error { return r.err }

@@ -1,0 +1,158 @@
+package tenancy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// The classes of failure. Errors of this package are matched with errors.Is against these; the text around
+// them says what was tried, for which tenant and what to do.
+var (
+	// ErrNoTenant: the context carries no tenant. It is never answered with a default tenant.
+	ErrNoTenant = errors.New("tenancy: no tenant on the context")
+	// ErrTenantMismatch: a value of one tenant or realm was used in the context of another.
+	ErrTenantMismatch = errors.New("tenancy: tenant mismatch")
+	// ErrTenantNotFound: no such tenant.
+	ErrTenantNotFound = errors.New("tenancy: no such tenant")
+	// ErrTenantExists: the name is taken, by a living tenant or by the tombstone of a deleted one.
+	ErrTenantExists = errors.New("tenancy: tenant name is taken")
+	// ErrTenantSuspended: the tenant is suspended.
+	ErrTenantSuspended = errors.New("tenancy: tenant is suspended")
+	// ErrTenantMaintenance: the tenant is under maintenance and will be back.
+	ErrTenantMaintenance = errors.New("tenancy: tenant is under maintenance")
+	// ErrTenantGone: the tenant was deleted.
+	ErrTenantGone = errors.New("tenancy: tenant was deleted")
+	// ErrTenantNotReady: the tenant is still being provisioned.
+	ErrTenantNotReady = errors.New("tenancy: tenant is being provisioned")
+	// ErrForbidden: the user does not belong to the tenant; also when there is no such tenant, so that the two cannot be told apart.
+	ErrForbidden = errors.New("tenancy: not a member")
+	// ErrAmbiguousTenant: the user belongs to several tenants, none is the default and the request names none.
+	ErrAmbiguousTenant = errors.New("tenancy: several tenants and no default")
+	// ErrNotServed: this node does not serve the tenant.
+	ErrNotServed = errors.New("tenancy: tenant is not served by this node")
+	// ErrPrimaryUnavailable: the primary database could not be asked. It is never answered as "not found".
+	ErrPrimaryUnavailable = errors.New("tenancy: primary database is unavailable")
+	// ErrWrongKey: the keys cannot open what the primary holds.
+	ErrWrongKey = errors.New("tenancy: the keys do not fit the primary")
+	// ErrPrimaryNewer: the primary's schema was migrated by a newer release.
+	ErrPrimaryNewer = errors.New("tenancy: the primary is newer than this code")
+	// ErrSetup: something that Init makes is missing; the error is a [*SetupError] with the statements that mend it.
+	ErrSetup = errors.New("tenancy: set-up is incomplete")
+	// ErrNoProvisioner: no provisioner login is known for the tenant's server.
+	ErrNoProvisioner = errors.New("tenancy: no provisioner for this server")
+	// ErrNoMigrations: a tenant cannot be created without the service's migrations.
+	ErrNoMigrations = errors.New("tenancy: no migrations are configured")
+	// ErrNoHostData: Config.HostURL is not set.
+	ErrNoHostData = errors.New("tenancy: no host data is configured")
+	// ErrIdentity: a connection did not prove to be the tenant's own.
+	ErrIdentity = errors.New("tenancy: connection is not the tenant's")
+	// ErrPooler: an undeclared connection pooler stands between us and PostgreSQL.
+	ErrPooler = errors.New("tenancy: undeclared connection pooler")
+	// ErrUserLimit: the tenant's MaxUsers is reached.
+	ErrUserLimit = errors.New("tenancy: the tenant's user limit is reached")
+	// ErrInvalid: a value from outside was refused; the text names the field and the rule.
+	ErrInvalid = errors.New("tenancy: invalid value")
+	// ErrInProgress: another node is working on the same tenant.
+	ErrInProgress = errors.New("tenancy: another operation on this tenant is in progress")
+	// ErrClosed: the Tenancy was shut down.
+	ErrClosed = errors.New("tenancy: closed")
+)
+
+// Error is a failure with what the person on call needs: the operation, the tenant, and when to try again.
+type Error struct {
+	Op         string        // what was tried: "create", "query", "resolve"
+	Tenant     ID            // 0: none or unknown
+	Name       string        // the tenant's name, "" when unknown
+	RetryAfter time.Duration // 0: a later try will not help by itself
+	Message    string        // the operator's words for the tenant's members; "" for none
+	Err        error         // the cause; errors.Is and errors.As reach it
+}
+
+func (e *Error) Error() string {
+	var b strings.Builder
+	b.WriteString("tenancy: ")
+	b.WriteString(e.Op)
+	switch {
+	case e.Name != "" && e.Tenant != 0:
+		fmt.Fprintf(&b, ": tenant %q (id %d)", e.Name, e.Tenant)
+	case e.Name != "":
+		fmt.Fprintf(&b, ": tenant %q", e.Name)
+	case e.Tenant != 0:
+		fmt.Fprintf(&b, ": tenant id %d", e.Tenant)
+	}
+	b.WriteString(": ")
+	b.WriteString(strings.TrimPrefix(e.Err.Error(), "tenancy: "))
+	return b.String()
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// hinted adds what to do to a sentinel.
+func hinted(class error, format string, args ...any) error {
+	return fmt.Errorf("%w: %s", class, fmt.Sprintf(format, args...))
+}
+
+// invalid is ErrInvalid with the reason of a parser, which names the field and the rule.
+func invalid(err error) error { return fmt.Errorf("%w: %w", ErrInvalid, err) }
+
+var (
+	errNoSession   = hinted(ErrNoTenant, "no session: the request did not pass middleware.Tenant, or the context is not the request's (context.Background() in a goroutine: pass tenancy.Detach(r.Context()) instead; in jobs use tn.Enter)")
+	errHostSession = hinted(ErrNoTenant, "the session is the host's, which has no tenant data: use tn.Host() for host data, or tn.Enter for one tenant's")
+)
+
+func errNoTenant(s *Session) error {
+	if s == nil {
+		return errNoSession
+	}
+	return errHostSession
+}
+
+// connectFailure stands in for pgconn.ConnectError, whose exported Config holds the password.
+type connectFailure struct {
+	text  string
+	cause error // a *pgconn.PgError, a context error or a network error; never a ConnectError
+}
+
+func (f *connectFailure) Error() string { return f.text }
+func (f *connectFailure) Unwrap() error { return f.cause }
+
+// withoutSecrets replaces errors of pgx that carry the connection's configuration. Every error
+// that leaves this package from a connect or an acquire passes through it.
+func withoutSecrets(err error) error {
+	var parse *pgconn.ParseConfigError
+	if errors.As(err, &parse) {
+		return errors.New("the connection settings cannot be parsed")
+	}
+	var connect *pgconn.ConnectError
+	if !errors.As(err, &connect) {
+		return err
+	}
+	f := &connectFailure{text: connect.Error()}
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok {
+		f.cause = pg
+	} else if errors.Is(err, context.DeadlineExceeded) {
+		f.cause = context.DeadlineExceeded
+	} else if errors.Is(err, context.Canceled) {
+		f.cause = context.Canceled
+	} else if op, ok := errors.AsType[*net.OpError](err); ok {
+		f.cause = op
+	}
+	return f
+}
+
+// unavailable marks a failure to ask the primary. An answer of the primary that refuses (a wrong
+// statement, a lost privilege) is reported with the same class: it is never "not found".
+func unavailable(op string, err error) error {
+	if err == nil || errors.Is(err, ErrPrimaryUnavailable) || errors.Is(err, ErrClosed) {
+		return err
+	}
+	return &Error{Op: op, RetryAfter: primaryRetryAfter, Err: fmt.Errorf("%w: %w", ErrPrimaryUnavailable, withoutSecrets(err))}
+}
+
+const primaryRetryAfter = 2 * time.Second

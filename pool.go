@@ -1,0 +1,539 @@
+package tenancy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/msmt-go/tenancy/internal/ident"
+	"github.com/msmt-go/tenancy/internal/lease"
+)
+
+// PoolBuilder makes the pool of one tenant. cfg is finished: address, login, search_path and the
+// proof of identity are in it, and a builder mostly changes a little and calls [pgxpool.NewWithConfig].
+//
+// The pool belongs to the library, which closes it: a builder returns a new one at each call, and
+// the same pool for two tenants is refused with [ErrIdentity]. One made from other settings than cfg
+// works, but each of its connections has to prove at its first use that it is the tenant's own,
+// and a forced [Tenancy.Close] cannot cut its sockets. cfg holds the tenant's password.
+//
+// ctx ends with the building, carries nothing of the caller who needed the pool first, and bounds
+// nothing afterwards. Calls for different tenants run at the same time.
+type PoolBuilder interface {
+	BuildPool(ctx context.Context, t Tenant, cfg *pgxpool.Config) (*pgxpool.Pool, error)
+}
+
+// PoolBuilderFunc is a function as a [PoolBuilder].
+type PoolBuilderFunc func(ctx context.Context, t Tenant, cfg *pgxpool.Config) (*pgxpool.Pool, error)
+
+// BuildPool calls f.
+func (f PoolBuilderFunc) BuildPool(ctx context.Context, t Tenant, cfg *pgxpool.Config) (*pgxpool.Pool, error) {
+	return f(ctx, t, cfg)
+}
+
+const (
+	// markerTable holds, in every tenant's schema, exactly one row: the realm and the UID it belongs to.
+	markerTable = "tenancy_marker"
+	// extSchema holds extensions, for all tenants of a database.
+	extSchema = "tenancy_ext"
+	// refSchema holds read-only tables, for all tenants of a database.
+	refSchema = "tenancy_ref"
+)
+
+const (
+	connLifetime       = time.Hour
+	connLifetimeJitter = 10 * time.Minute // so that a fleet of pools does not reconnect as one
+	pingTimeout        = 2 * time.Second  // pgxpool's default, none, waits on a half-open socket for ever
+	healthCheckPeriod  = time.Minute
+)
+
+// markKey is where a connection carries its proof: the *tenantPool that it was proved for. A
+// connection of another tenant, generation or realm carries another pointer.
+const markKey = "github.com/msmt-go/tenancy.proof"
+
+// tenantPool is one tenant's pool, for one generation. Safe for concurrent use.
+type tenantPool struct {
+	tenant  Tenant
+	pool    *pgxpool.Pool
+	want    identity
+	timeout time.Duration // of one proof
+	sockets sockets
+}
+
+// newPools returns the pools of all tenants: each is built at its first use, replaced when the
+// tenant's generation rises, and closed after its last lease.
+func (tn *Tenancy) newPools() *lease.Table[ID, *tenantPool] {
+	m := &poolMaker{tn: tn, live: map[*pgxpool.Pool]ID{}}
+	return lease.New(lease.Config[ID, *tenantPool]{
+		Build:     m.build,
+		Close:     m.close,
+		Cut:       (*tenantPool).cut,
+		IdleAfter: tn.cfg.Limits.TenantIdle,
+	})
+}
+
+// poolMaker builds pools and remembers which are open.
+type poolMaker struct {
+	tn *Tenancy
+
+	mu   sync.Mutex // guards live
+	live map[*pgxpool.Pool]ID
+}
+
+func (m *poolMaker) build(ctx context.Context, id ID, generation int64) (*tenantPool, error) {
+	r, err := m.tn.view.record(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.served("connect"); err != nil {
+		return nil, err
+	}
+	if r.tenant.Generation < generation {
+		return nil, fmt.Errorf("tenancy: generation %d was asked for, the catalog tells of %d", generation, r.tenant.Generation)
+	}
+	p := &tenantPool{tenant: r.tenant, want: m.tn.identity(r.tenant.UID, r.source), timeout: m.tn.cfg.Limits.ConnectTimeout}
+	cfg, err := m.tn.poolConfig(ctx, p, r.source)
+	if err != nil {
+		return nil, withoutSecrets(err)
+	}
+	builder := m.tn.cfg.PoolBuilder
+	if builder == nil {
+		builder = PoolBuilderFunc(newPool)
+	}
+	if p.pool, err = builder.BuildPool(ctx, r.tenant, cfg); err != nil {
+		return nil, withoutSecrets(err)
+	}
+	if err := m.claim(p); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+func newPool(ctx context.Context, _ Tenant, cfg *pgxpool.Config) (*pgxpool.Pool, error) {
+	return pgxpool.NewWithConfig(ctx, cfg)
+}
+
+// claim refuses a pool that another tenant, or an older generation, has already. That pool stays open.
+func (m *poolMaker) claim(p *tenantPool) error {
+	if p.pool == nil {
+		return errors.New("tenancy: PoolBuilder returned neither a pool nor an error")
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if owner, ok := m.live[p.pool]; ok {
+		return hinted(ErrIdentity, "PoolBuilder returned the open pool of tenant id %d; every call needs a new one", owner)
+	}
+	m.live[p.pool] = p.tenant.ID
+	return nil
+}
+
+// close blocks until every connection has come back, so it is called in the background.
+func (m *poolMaker) close(p *tenantPool) {
+	p.pool.Close()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.live, p.pool)
+}
+
+// cut breaks the connections under the hands of those who use them, who then give them back.
+func (p *tenantPool) cut() { p.sockets.cut() }
+
+// poolConfig returns the settings of the tenant's pool: our defaults, then the user's hook, then
+// the pins again.
+func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSource) (*pgxpool.Config, error) {
+	c := tn.cfg
+	var cfg *pgxpool.Config // pgxpool insists on having parsed it
+	err := withoutEnvironment(func(settings string) (err error) {
+		cfg, err = pgxpool.ParseConfig(settings)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	conn, err := source.connConfig()
+	if err != nil {
+		return nil, err
+	}
+	conn.ConnectTimeout = c.Limits.ConnectTimeout
+	pins := tn.pins(conn, source.Schema)
+	pins.set(conn)
+
+	cfg.ConnConfig = conn
+	cfg.MaxConns = c.Limits.TenantConns
+	cfg.MinConns, cfg.MinIdleConns = 0, 0
+	cfg.MaxConnIdleTime = c.Limits.ConnIdle
+	cfg.MaxConnLifetime = connLifetime
+	cfg.MaxConnLifetimeJitter = connLifetimeJitter
+	cfg.PingTimeout = pingTimeout
+	cfg.HealthCheckPeriod = healthCheckPeriod
+
+	if c.PoolConfig != nil {
+		if err := c.PoolConfig(ctx, p.tenant, cfg); err != nil {
+			return nil, fmt.Errorf("Config.PoolConfig: %w", err)
+		}
+		switch { // each of these would panic later, where nobody can catch it
+		case cfg.ConnConfig != conn:
+			return nil, invalid(errors.New("Config.PoolConfig replaced ConnConfig: set its fields instead"))
+		case cfg.MaxConns < 1:
+			return nil, invalid(fmt.Errorf("Config.PoolConfig set MaxConns to %d: at least 1", cfg.MaxConns))
+		case cfg.HealthCheckPeriod <= 0:
+			return nil, invalid(fmt.Errorf("Config.PoolConfig set HealthCheckPeriod to %v: above 0", cfg.HealthCheckPeriod))
+		}
+	}
+	cfg = cfg.Copy() // a hook that kept cfg cannot change it any more
+	p.guard(cfg, pins)
+	return cfg, nil
+}
+
+// guard puts the pins, the sockets' book and the proof behind whatever the user's hook has set.
+func (p *tenantPool) guard(cfg *pgxpool.Config, pins pins) {
+	dial := cfg.ConnConfig.DialFunc
+	if dial == nil {
+		dial = pins.conn.DialFunc
+	}
+	pins.set(cfg.ConnConfig)
+	cfg.ConnConfig.DialFunc = p.sockets.dialer(dial)
+
+	if user := cfg.BeforeConnect; user != nil {
+		cfg.BeforeConnect = func(ctx context.Context, cc *pgx.ConnConfig) error {
+			cc.DialFunc = dial
+			if err := user(ctx, cc); err != nil {
+				return err
+			}
+			if cc.DialFunc == nil {
+				cc.DialFunc = dial
+			}
+			pins.set(cc)
+			cc.DialFunc = p.sockets.dialer(cc.DialFunc)
+			return nil
+		}
+	}
+	user := cfg.AfterConnect
+	cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+		// pgxpool takes the caller's cancellation away here and has no bound of its own.
+		ctx, cancel := context.WithTimeout(ctx, p.timeout)
+		defer cancel()
+		if user != nil {
+			if err := user(ctx, conn); err != nil {
+				return err
+			}
+		}
+		return p.prove(ctx, conn) // last, so that it judges what the hook has left
+	}
+}
+
+// pins are the settings that tie a connection to its tenant.
+type pins struct {
+	conn       *pgx.ConnConfig // never handed out
+	searchPath string
+}
+
+// pins keeps its own copy of conn.
+func (tn *Tenancy) pins(conn *pgx.ConnConfig, schema string) pins {
+	own := conn.Copy()
+	if own.TLSConfig != nil {
+		own.TLSConfig = own.TLSConfig.Clone()
+	}
+	return pins{conn: own, searchPath: searchPath(schema, tn.cfg.Extensions, tn.cfg.ReferenceTables)}
+}
+
+// unpinning are startup parameters that would change who a connection is or where it looks. The
+// server compares names of settings without regard to case.
+var unpinning = []string{"search_path", "role", "session_authorization", "options", "user", "database", "replication"}
+
+// set ties cc to the tenant.
+func (p pins) set(cc *pgx.ConnConfig) {
+	cc.Host, cc.Port = p.conn.Host, p.conn.Port
+	cc.Database, cc.User, cc.Password = p.conn.Database, p.conn.User, p.conn.Password
+	cc.TLSConfig = p.conn.TLSConfig
+	if cc.TLSConfig != nil {
+		cc.TLSConfig = cc.TLSConfig.Clone() // a hook that keeps the pointer changes its copy
+	}
+	cc.Fallbacks = nil // a fallback is another address, or the same one without TLS
+	cc.SSLNegotiation, cc.SSLCertMode = p.conn.SSLNegotiation, p.conn.SSLCertMode
+	cc.ChannelBinding, cc.RequireAuth = p.conn.ChannelBinding, p.conn.RequireAuth
+	cc.KerberosSrvName, cc.KerberosSpn = p.conn.KerberosSrvName, p.conn.KerberosSpn
+	cc.OAuthTokenProvider = p.conn.OAuthTokenProvider
+
+	params := maps.Clone(cc.RuntimeParams)
+	if params == nil {
+		params = map[string]string{}
+	}
+	maps.DeleteFunc(params, func(name, _ string) bool {
+		return slices.ContainsFunc(unpinning, func(u string) bool { return strings.EqualFold(u, name) })
+	})
+	params["search_path"] = p.searchPath
+	cc.RuntimeParams = params
+}
+
+// acquire takes a connection that is proved to be the tenant's own, whatever built the pool.
+func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
+	conn, err := p.pool.Acquire(ctx)
+	if err != nil {
+		return nil, withoutSecrets(err)
+	}
+	switch mark := conn.Conn().PgConn().CustomData()[markKey]; mark {
+	case any(p):
+		return conn, nil
+	case nil:
+		err = p.proveWithin(ctx, conn.Conn())
+	default:
+		err = hinted(ErrIdentity, "the pool gave out a connection that was proved for another pool: it was %s", markText(mark))
+	}
+	if err != nil {
+		destroy(ctx, conn)
+		return nil, err
+	}
+	return conn, nil
+}
+
+func markText(mark any) string {
+	if other, ok := mark.(*tenantPool); ok {
+		return fmt.Sprintf("that of tenant id %d, generation %d", other.tenant.ID, other.tenant.Generation)
+	}
+	return "marked by other code"
+}
+
+func (p *tenantPool) proveWithin(ctx context.Context, conn *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, p.timeout)
+	defer cancel()
+	return p.prove(ctx, conn)
+}
+
+// destroy closes a connection and tells its pool.
+func destroy(ctx context.Context, conn *pgxpool.Conn) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+	defer cancel()
+	conn.Conn().Close(ctx) // an error changes nothing: the socket is closed either way
+	conn.Release()
+}
+
+// identity is what a connection of the tenant says about itself.
+type identity struct {
+	user     string
+	database string
+	schemas  []string
+	realm    string
+	uid      string
+	question string // the statements that ask for it
+}
+
+// identity is what a connection to the data source has to say when it is the tenant's.
+func (tn *Tenancy) identity(tenant UID, source DataSource) identity {
+	return identity{
+		user:     source.User,
+		database: source.Database,
+		schemas:  schemasOf(source.Schema, tn.cfg.Extensions, tn.cfg.ReferenceTables),
+		realm:    UID(tn.realm.Value()).String(),
+		uid:      tenant.String(),
+		// Two statements, because Citus refuses to plan the marker (a table of one node) together with
+		// functions of the session. Names are qualified: the search_path is what is in doubt.
+		question: "SELECT pg_catalog.to_json(pg_catalog.current_schemas(false)), pg_catalog.current_database(), " +
+			"pg_catalog.pg_backend_pid(), session_user, current_user, pg_catalog.current_setting('search_path'); " +
+			"SELECT realm, tenant FROM " + ident.Quote(source.Schema, markerTable) + " LIMIT 2",
+	}
+}
+
+func schemasOf(schema string, extensions, reference bool) []string {
+	schemas := []string{schema}
+	if extensions {
+		schemas = append(schemas, extSchema)
+	}
+	if reference {
+		schemas = append(schemas, refSchema)
+	}
+	return schemas
+}
+
+// searchPath is the value of the startup parameter: quoted names, because an unquoted one is folded
+// to another tenant's, and never public.
+func searchPath(schema string, extensions, reference bool) string {
+	schemas := schemasOf(schema, extensions, reference)
+	for i, s := range schemas {
+		schemas[i] = ident.Quote(s)
+	}
+	return strings.Join(schemas, ", ")
+}
+
+// proveLogin connects once as the place's login, on the same terms as a pool.
+func (tn *Tenancy) proveLogin(ctx context.Context, p *place) error {
+	cc, err := p.source.connConfig()
+	if err != nil {
+		return err
+	}
+	cc.ConnectTimeout = tn.cfg.Limits.ConnectTimeout
+	tn.pins(cc, p.source.Schema).set(cc)
+	conn, err := pgx.ConnectConfig(ctx, cc)
+	if err != nil {
+		return withoutSecrets(err)
+	}
+	defer closeConn(conn)
+	one := tenantPool{tenant: p.tenant, want: tn.identity(p.tenant.UID, p.source), timeout: tn.cfg.Limits.ConnectTimeout}
+	return one.proveWithin(ctx, conn)
+}
+
+// prove asks conn who it is, in one round trip, and marks it when every answer is the expected one.
+// Otherwise the error is [ErrIdentity] or [ErrPooler] with what differed, or that of the connection.
+// The caller closes conn then.
+func (p *tenantPool) prove(ctx context.Context, conn *pgx.Conn) error {
+	pg := conn.PgConn()
+	// First what the server said at login, for free: no statement is sent as a superuser, for whom
+	// a marker that the tenant has turned into a view would be a trap.
+	if err := p.want.login(pg.ParameterStatus("session_authorization"), pg.ParameterStatus("is_superuser")); err != nil {
+		return err
+	}
+	results, err := pg.Exec(ctx, p.want.question).ReadAll()
+	if len(results) > 0 && results[0].Err == nil && len(results[0].Rows) == 1 {
+		if err := p.want.session(pg.PID(), results[0].Rows[0]); err != nil {
+			return err
+		}
+	}
+	if refused, ok := errors.AsType[*pgconn.PgError](err); ok && notTheTenants(refused) {
+		return fmt.Errorf("%w: its marker row cannot be read: %w", ErrIdentity, refused)
+	}
+	if err != nil {
+		return fmt.Errorf("tenancy: asking a connection for its identity: %w", withoutSecrets(err))
+	}
+	if len(results) != 2 {
+		return hinted(ErrIdentity, "it gave %d answers to two questions", len(results))
+	}
+	if err := p.want.marker(results[1].Rows); err != nil {
+		return err
+	}
+	pg.CustomData()[markKey] = p
+	return nil
+}
+
+// notTheTenants tells a refusal from a failure: no such schema or table, or no right to it.
+func notTheTenants(err *pgconn.PgError) bool {
+	switch err.Code {
+	case "42P01", "3F000", "42501", "42703", "42809":
+		return true
+	}
+	return false
+}
+
+func (w *identity) login(user, superuser string) error {
+	switch {
+	case user == "" || superuser == "":
+		return hinted(ErrPooler, "the server does not say who is logged in, as PostgreSQL does")
+	case superuser != "off":
+		return hinted(ErrIdentity, "login %q is a superuser, for whom no wall stands", user)
+	case user != w.user:
+		return hinted(ErrIdentity, "logged in as %q, not %q", user, w.user)
+	}
+	return nil
+}
+
+// bare takes the quotes and spaces out of a search_path; names of schemas have neither.
+var bare = strings.NewReplacer(`"`, "", " ", "")
+
+func (w *identity) session(pid uint32, row [][]byte) error {
+	if len(row) != 6 {
+		return hinted(ErrIdentity, "it gave %d columns for six", len(row))
+	}
+	database, backend, sessionUser, currentUser := string(row[1]), string(row[2]), string(row[3]), string(row[4])
+	var schemas []string
+	if err := json.Unmarshal(row[0], &schemas); err != nil {
+		return hinted(ErrIdentity, "its search_path cannot be read")
+	}
+	switch {
+	case backend != strconv.FormatUint(uint64(pid), 10):
+		return hinted(ErrPooler, "we dialled backend %d and are answered by %s: connect to PostgreSQL directly", pid, backend)
+	case sessionUser != w.user || currentUser != w.user:
+		return hinted(ErrIdentity, "session user %q and current user %q, not %q", sessionUser, currentUser, w.user)
+	case database != w.database:
+		return hinted(ErrIdentity, "database %q, not %q", database, w.database)
+	case !slices.Equal(schemas, w.schemas):
+		return hinted(ErrIdentity, "search_path finds %q, not %q (a schema that is missing, or without USAGE, is not found)", schemas, w.schemas)
+	// A schema on the path that does not exist, or not for us, is not found above, but would be on the day it does.
+	case bare.Replace(string(row[5])) != strings.Join(w.schemas, ","):
+		return hinted(ErrIdentity, "search_path is %s, which is more than %q", row[5], w.schemas)
+	}
+	return nil
+}
+
+func (w *identity) marker(rows [][][]byte) error {
+	switch {
+	case len(rows) != 1 || len(rows[0]) != 2:
+		return hinted(ErrIdentity, "%s has %d rows or more, not one", markerTable, len(rows))
+	case string(rows[0][0]) != w.realm:
+		return hinted(ErrIdentity, "its marker is of realm %s, not %s", rows[0][0], w.realm)
+	case string(rows[0][1]) != w.uid:
+		return hinted(ErrIdentity, "its marker is of tenant %s, not %s", rows[0][1], w.uid)
+	}
+	return nil
+}
+
+// sockets is the book of what a pool has dialled, so that all of it can be cut: pgxpool has no
+// forced close. The zero value works.
+type sockets struct {
+	mu     sync.Mutex // guards open and closed
+	open   map[*socket]struct{}
+	closed bool
+}
+
+// socket is a connection in the book.
+type socket struct {
+	net.Conn
+	book *sockets
+}
+
+// Close closes the socket and takes it out of the book.
+func (s *socket) Close() error {
+	s.book.mu.Lock()
+	delete(s.book.open, s)
+	s.book.mu.Unlock()
+	return s.Conn.Close()
+}
+
+// dialer returns dial with a book. After cut it refuses.
+func (b *sockets) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		s := &socket{Conn: conn, book: b}
+		if !b.enter(s) {
+			conn.Close()
+			return nil, ErrClosed
+		}
+		return s, nil
+	}
+}
+
+func (b *sockets) enter(s *socket) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return false
+	}
+	if b.open == nil {
+		b.open = map[*socket]struct{}{}
+	}
+	b.open[s] = struct{}{}
+	return true
+}
+
+// cut closes every socket and lets no new one in.
+func (b *sockets) cut() {
+	b.mu.Lock()
+	b.closed = true
+	open := slices.Collect(maps.Keys(b.open))
+	b.mu.Unlock()
+	for _, s := range open {
+		s.Close()
+	}
+}

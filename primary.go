@@ -1,0 +1,267 @@
+package tenancy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+	"unique"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/pgx/v5/stdlib"
+	"github.com/msmt-go/tenancy/primary"
+)
+
+// primaryDB is the primary database with the catalog login: the pool, the realm and the keys.
+type primaryDB struct {
+	pool  *pgxpool.Pool
+	keys  Keyring
+	realm realm
+}
+
+// querier is what a pool, a connection and a transaction have in common.
+type querier interface {
+	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+// openPrimary connects, brings the primary's own schema up to date (or checks it) and proves that the keys fit.
+func openPrimary(ctx context.Context, cfg Config) (*primaryDB, error) {
+	pc, err := primaryConfig(cfg.PrimaryURL, cfg.Limits.ConnectTimeout)
+	if err != nil {
+		return nil, fmt.Errorf("Config.PrimaryURL: %w", err)
+	}
+	pc.MaxConns = cfg.Limits.PrimaryConns
+	pc.MaxConnLifetime, pc.MaxConnLifetimeJitter = time.Hour, 10*time.Minute
+	pc.PingTimeout = 2 * time.Second
+	if err := preparePrimary(ctx, cfg, pc.ConnConfig); err != nil {
+		return nil, err
+	}
+	pool, err := pgxpool.NewWithConfig(ctx, pc)
+	if err != nil {
+		return nil, unavailable("open the primary", err)
+	}
+	p := &primaryDB{pool: pool, keys: cfg.Keys}
+	if err := p.checkRealm(ctx); err != nil {
+		pool.Close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// primaryConfig parses the URL of the primary. The parser's own error can hold the password, so it is not passed on.
+func primaryConfig(url string, connectTimeout time.Duration) (*pgxpool.Config, error) {
+	pc, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		return nil, invalid(errors.New("not a PostgreSQL URL: postgres://user:password@host:port/database"))
+	}
+	pc.ConnConfig.RuntimeParams["search_path"] = "pg_catalog"
+	pc.ConnConfig.RuntimeParams["application_name"] = "tenancy"
+	pc.ConnConfig.ConnectTimeout = connectTimeout
+	return pc, nil
+}
+
+// preparePrimary migrates or checks the schema tenancy, alone among all processes that open this primary.
+func preparePrimary(ctx context.Context, cfg Config, cc *pgx.ConnConfig) error {
+	conn, err := pgx.ConnectConfig(ctx, cc)
+	if err != nil {
+		return unavailable("open the primary", err)
+	}
+	defer closeConn(conn)
+	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtextextended('tenancy primary', 0))`); err != nil {
+		return unavailable("open the primary", err)
+	}
+	var there, mayCreate bool
+	err = conn.QueryRow(ctx, `SELECT to_regnamespace('tenancy') IS NOT NULL,
+		has_database_privilege(current_database(), 'CREATE')`).Scan(&there, &mayCreate)
+	switch {
+	case err != nil:
+		return unavailable("open the primary", err)
+	case !there && (cfg.CheckPrimaryOnly || !mayCreate):
+		return &SetupError{Missing: []Finding{{
+			What: fmt.Sprintf("database %q has no schema tenancy, and login %q may not make it", cc.Database, cc.User),
+			Fix:  fmt.Sprintf("CREATE SCHEMA tenancy AUTHORIZATION %s; -- in database %s, or run tenancy.Init", pgx.Identifier{cc.User}.Sanitize(), pgx.Identifier{cc.Database}.Sanitize()),
+		}}}
+	case !there:
+		if _, err := conn.Exec(ctx, `CREATE SCHEMA tenancy`); err != nil {
+			return unavailable("open the primary", err)
+		}
+	}
+	db := stdlib.OpenDB(*cc)
+	defer db.Close()
+	m, err := newRun(db, primary.Schema, migrations{files: primary.Migrations()})
+	if err != nil {
+		return err
+	}
+	version, err := m.version(ctx)
+	if err != nil {
+		return unavailable("open the primary", err)
+	}
+	switch {
+	case version > primary.Version:
+		return hinted(ErrPrimaryNewer, "its schema is at version %d, this release knows %d: deploy the newer release on this node", version, primary.Version)
+	case version == primary.Version:
+		return nil
+	case cfg.CheckPrimaryOnly:
+		return &SetupError{Missing: []Finding{{
+			What: fmt.Sprintf("the primary's schema is at version %d and this release needs %d", version, primary.Version),
+			Fix:  "open it once without Config.CheckPrimaryOnly, with a login that owns schema tenancy",
+		}}}
+	}
+	if _, err := m.up(ctx); err != nil {
+		return fmt.Errorf("tenancy: migrate the primary: %w", err)
+	}
+	return nil
+}
+
+const sentinelText = "tenancy"
+
+// checkRealm reads, and on the very first open writes, the identity of the primary and the record that proves the keys.
+func (p *primaryDB) checkRealm(ctx context.Context) error {
+	var id [16]byte
+	var sentinel []byte
+	read := func() error {
+		return p.pool.QueryRow(ctx, `SELECT realm, sentinel FROM tenancy.realm`).Scan(&id, &sentinel)
+	}
+	err := read()
+	if errors.Is(err, pgx.ErrNoRows) {
+		fresh := newUID()
+		p.realm = unique.Make([16]byte(fresh))
+		sealed, err := p.seal(fresh, "sentinel", []byte(sentinelText))
+		if err != nil {
+			return err
+		}
+		if _, err := p.pool.Exec(ctx, `INSERT INTO tenancy.realm (realm, sentinel) VALUES ($1, $2) ON CONFLICT DO NOTHING`, fresh, sealed); err != nil {
+			return unavailable("open the primary", err)
+		}
+		err = read()
+		if err != nil {
+			return unavailable("open the primary", err)
+		}
+	} else if err != nil {
+		return unavailable("open the primary", err)
+	}
+	p.realm = unique.Make(id)
+	if text, err := p.open(UID(id), "sentinel", sentinel); err != nil || string(text) != sentinelText {
+		return hinted(ErrWrongKey, "Config.Keys cannot open the primary's sentinel (%v): give the keyring that the primary was set up with, old keys after the new one", err)
+	}
+	return nil
+}
+
+// seal encrypts a value for one column of one row. What it is bound to cannot be moved to another row, column or primary.
+func (p *primaryDB) seal(uid UID, column string, plain []byte) ([]byte, error) {
+	realm := p.realm.Value()
+	return p.keys.ring.Seal(plain, string(realm[:]), string(uid[:]), column)
+}
+
+func (p *primaryDB) open(uid UID, column string, sealed []byte) ([]byte, error) {
+	realm := p.realm.Value()
+	return p.keys.ring.Open(sealed, string(realm[:]), string(uid[:]), column)
+}
+
+// sealedSource is the stored form of a DataSource: one record, so that its fields cannot be mixed.
+type sealedSource struct {
+	Host     string `json:"host"`
+	Port     uint16 `json:"port"`
+	Database string `json:"database"`
+	Schema   string `json:"schema"`
+	User     string `json:"user"`
+	Password string `json:"password"`
+	TLS      string `json:"tls"`
+}
+
+func (p *primaryDB) sealSource(uid UID, column string, d DataSource) ([]byte, error) {
+	plain, err := json.Marshal(sealedSource{d.Host, d.Port, d.Database, d.Schema, d.User, d.Password.Reveal(), d.TLS})
+	if err != nil {
+		return nil, err
+	}
+	return p.seal(uid, column, plain)
+}
+
+func (p *primaryDB) openSource(uid UID, column string, sealed []byte) (DataSource, error) {
+	plain, err := p.open(uid, column, sealed)
+	if err != nil {
+		return DataSource{}, fmt.Errorf("%w: %w", ErrWrongKey, err)
+	}
+	var s sealedSource
+	if err := json.Unmarshal(plain, &s); err != nil {
+		return DataSource{}, fmt.Errorf("%w: the record is not one of ours", ErrWrongKey)
+	}
+	return DataSource{s.Host, s.Port, s.Database, s.Schema, s.User, Secret(s.Password), s.TLS}, nil
+}
+
+const tenantColumns = `t.id, t.uid, t.name, t.display_name, t.state, t.isolation, t.generation`
+
+func (p *primaryDB) scanTenant(row pgx.Row, more ...any) (Tenant, error) {
+	t := Tenant{realm: p.realm}
+	err := row.Scan(append([]any{&t.ID, &t.UID, &t.Name, &t.DisplayName, &t.State, &t.Isolation, &t.Generation}, more...)...)
+	return t, err
+}
+
+// record reads one tenant with the way to its data; pgx.ErrNoRows when there is none. A data
+// source that cannot be opened is that tenant's trouble alone and does not fail the read.
+func (p *primaryDB) record(ctx context.Context, q querier, id ID) (*record, error) {
+	var r record
+	var seconds int
+	var sealed []byte
+	t, err := p.scanTenant(q.QueryRow(ctx, `SELECT `+tenantColumns+`, t.message, t.retry_after, d.sealed
+		FROM tenancy.tenants t LEFT JOIN tenancy.data_sources d ON d.id = t.data_source WHERE t.id = $1`, id),
+		&r.message, &seconds, &sealed)
+	if err != nil {
+		return nil, err
+	}
+	r.tenant, r.retryAfter = t, time.Duration(seconds)*time.Second
+	if t.State != StatePurged {
+		r.source, r.sourceErr = p.openSource(t.UID, "data_source", sealed)
+	}
+	return &r, nil
+}
+
+// changed numbers a change and announces it, in the transaction that made it. It comes last in
+// a transaction: its lock makes writers queue.
+func changed(ctx context.Context, tx pgx.Tx, kind string, tenant ID, key string) error {
+	_, err := tx.Exec(ctx, `SELECT tenancy.changed($1, nullif($2::bigint, 0), nullif($3, ''))`, kind, tenant, key)
+	return err
+}
+
+// audit records who did what. The actor is the user of ctx's session, "" for the service itself.
+func audit(ctx context.Context, tx pgx.Tx, action string, tenant ID, detail map[string]any) error {
+	var actor UserKey
+	if s := sessionOf(ctx); s != nil {
+		actor = s.user
+	}
+	if detail == nil {
+		detail = map[string]any{}
+	}
+	_, err := tx.Exec(ctx, `INSERT INTO tenancy.audit (actor, action, tenant, detail) VALUES ($1, $2, nullif($3::bigint, 0), $4)`, actor, action, tenant, detail)
+	return err
+}
+
+// lockTenant makes this process the only one that works on the tenant's place, until release.
+// The lock is held by a connection of its own: it ends with the process, however that ends, and
+// no tenant can hold it, because tenants cannot connect to the primary.
+func (p *primaryDB) lockTenant(ctx context.Context, id ID) (release func(), err error) {
+	conn, err := pgx.ConnectConfig(ctx, p.pool.Config().ConnConfig)
+	if err != nil {
+		return nil, unavailable("lock", err)
+	}
+	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, id); err != nil {
+		closeConn(conn)
+		if ctx.Err() != nil {
+			return nil, hinted(ErrInProgress, "another node holds its lock; try again later")
+		}
+		return nil, unavailable("lock", err)
+	}
+	return func() { closeConn(conn) }, nil
+}
+
+// closeConn says goodbye within a bound; a server that does not answer is left.
+func closeConn(conn *pgx.Conn) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = conn.Close(ctx)
+}

@@ -1,0 +1,406 @@
+package tenancy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/stdlib"
+	"github.com/msmt-go/tenancy/internal/ident"
+	"github.com/msmt-go/tenancy/internal/scram"
+)
+
+// place is where a tenant's data lives, with the roles around it: owner (holds the schema,
+// migrates), runtime (NOLOGIN, holds the grants) and source.User (the login, a member of runtime).
+type place struct {
+	tenant  Tenant // zero but for the UID when no tenant was created on it yet
+	id      int64
+	state   string // intent, made, dropped
+	version int64
+	server  int64
+	source  DataSource
+	owner   string
+	runtime string
+	fenced  bool
+
+	provisioner    DataSource
+	hasProvisioner bool
+}
+
+// Format keeps the logins inside from being printed by a stray %+v.
+func (p *place) Format(f fmt.State, _ rune) {
+	fmt.Fprintf(f, "place %s of tenant %d", p.source.Schema, p.tenant.ID)
+}
+
+// place reads the tenant's place. The error is ErrTenantNotFound, ErrPrimaryUnavailable or ErrWrongKey.
+func (c *Catalog) place(ctx context.Context, id ID) (*place, error) {
+	return c.readPlace(ctx, `t.id = $1`, id)
+}
+
+func (c *Catalog) readPlace(ctx context.Context, where string, arg any) (*place, error) {
+	p := place{}
+	var sealed, provisioner []byte
+	db := c.tn.primary
+	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.version, d.server, d.owner, d.runtime, d.sealed, t.fenced IS NOT NULL, s.provisioner
+		FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
+		WHERE `+where, arg), &p.id, &p.state, &p.version, &p.server, &p.owner, &p.runtime, &sealed, &p.fenced, &provisioner)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, ErrTenantNotFound
+	}
+	if err != nil {
+		return nil, unavailable("read place", err)
+	}
+	p.tenant = t
+	if p.state != "dropped" {
+		if p.source, err = db.openSource(t.UID, "data_source", sealed); err != nil {
+			return nil, err
+		}
+	}
+	return &p, c.openProvisioner(&p, provisioner)
+}
+
+func (c *Catalog) openProvisioner(p *place, sealed []byte) (err error) {
+	if sealed == nil {
+		return nil
+	}
+	db := c.tn.primary
+	p.provisioner, err = db.openSource(UID(db.realm.Value()), "provisioner", sealed)
+	p.hasProvisioner = err == nil
+	return err
+}
+
+// provisionerConn opens a session of the server's provisioner. It runs no tenant's code: its
+// search_path is the system's alone, and it never touches rows of a tenant's tables.
+func (p *place) provisionerConn(ctx context.Context) (*pgx.Conn, error) {
+	if !p.hasProvisioner {
+		return nil, hinted(ErrNoProvisioner, "register it with Catalog.AddServer or tenancy.Init")
+	}
+	return connectProvisioner(ctx, p.provisioner)
+}
+
+func connectProvisioner(ctx context.Context, d DataSource) (*pgx.Conn, error) {
+	cc, err := d.connConfig()
+	if err != nil {
+		return nil, err
+	}
+	cc.RuntimeParams["search_path"] = "pg_catalog"
+	cc.RuntimeParams["application_name"] = "tenancy provisioner"
+	conn, err := pgx.ConnectConfig(ctx, cc)
+	if err != nil {
+		return nil, fmt.Errorf("provisioner at %s: %w", d.Address(), withoutSecrets(err))
+	}
+	return conn, nil
+}
+
+// make brings the place into being. Each step looks before it acts, so that a run that died
+// anywhere is finished by the next one.
+func (c *Catalog) make(ctx context.Context, p *place) error {
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	if err := makeRoles(ctx, conn, p); err != nil {
+		return fmt.Errorf("make roles: %w", err)
+	}
+	if err := makeSchema(ctx, conn, p); err != nil {
+		return fmt.Errorf("make schema: %w", err)
+	}
+	err = c.asOwner(ctx, conn, p, func(ctx context.Context, cc *pgx.ConnConfig) error {
+		if err := c.furnish(ctx, cc, p); err != nil {
+			return fmt.Errorf("furnish schema: %w", err)
+		}
+		_, err := c.migrateAs(ctx, cc, p)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := verifyPlace(ctx, conn, p); err != nil {
+		return err
+	}
+	return c.tn.proveLogin(ctx, p)
+}
+
+func makeRoles(ctx context.Context, conn *pgx.Conn, p *place) error {
+	verifier, err := scram.Verifier(p.source.Password.Reveal(), 0)
+	if err != nil {
+		return err
+	}
+	group, me := tenantsRole(p.source.Database), conn.Config().User
+	for _, r := range []struct{ name, rights string }{
+		{p.owner, "NOLOGIN"},
+		{p.runtime, "NOLOGIN"},
+		{p.source.User, "LOGIN PASSWORD " + ident.Literal(verifier)},
+	} {
+		var there bool
+		if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, r.name).Scan(&there); err != nil {
+			return err
+		}
+		verb := "CREATE"
+		if there {
+			verb = "ALTER"
+		}
+		// Membership comes first: creating for, dropping of and ending sessions of a role all want it.
+		if err := execAll(ctx, conn, "provision", []string{
+			verb + " ROLE " + ident.Quote(r.name) + " " + r.rights,
+			grantMembership(conn, r.name, me),
+		}); err != nil {
+			return err
+		}
+	}
+	return execAll(ctx, conn, "provision", []string{
+		"GRANT " + ident.Quote(p.runtime) + " TO " + ident.Quote(p.source.User),
+		"GRANT " + ident.Quote(group) + " TO " + ident.Quote(p.owner) + ", " + ident.Quote(p.source.User),
+	})
+}
+
+// makeSchema never uses IF NOT EXISTS: a schema of that name that is not the owner's is another's.
+func makeSchema(ctx context.Context, conn *pgx.Conn, p *place) error {
+	var owner string
+	err := conn.QueryRow(ctx, `SELECT pg_get_userbyid(nspowner) FROM pg_namespace WHERE nspname = $1`, p.source.Schema).Scan(&owner)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return execDDL(ctx, conn, "CREATE SCHEMA "+ident.Quote(p.source.Schema)+" AUTHORIZATION "+ident.Quote(p.owner))
+	case err != nil:
+		return err
+	case owner != p.owner:
+		return fmt.Errorf("schema %s belongs to role %s and not to %s: it was not touched", p.source.Schema, owner, p.owner)
+	}
+	return nil
+}
+
+// ownerLease is how long a password of an owner is valid; it is renewed while the run lasts.
+const ownerLease = 10 * time.Minute
+
+// asOwner lends fn a login as the place's owner. The password is made for this run: it expires
+// by itself when the run dies, and is taken back when the run ends.
+func (c *Catalog) asOwner(ctx context.Context, provisioner *pgx.Conn, p *place, fn func(ctx context.Context, cc *pgx.ConnConfig) error) (err error) {
+	password, err := scram.Password()
+	if err != nil {
+		return err
+	}
+	verifier, err := scram.Verifier(password, 0)
+	if err != nil {
+		return err
+	}
+	owner := ident.Quote(p.owner)
+	lend := func(ctx context.Context, rights string) error {
+		var until string
+		if err := provisioner.QueryRow(ctx, `SELECT (now() + $1::interval)::text`, ownerLease.String()).Scan(&until); err != nil {
+			return err
+		}
+		return execDDL(ctx, provisioner, "ALTER ROLE "+owner+rights+" VALID UNTIL "+ident.Literal(until))
+	}
+	if err := lend(ctx, " LOGIN PASSWORD "+ident.Literal(verifier)); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	renewed := make(chan struct{})
+	go func() {
+		defer close(renewed)
+		tick := time.NewTicker(ownerLease / 3)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+				if err := lend(ctx, ""); err != nil && ctx.Err() == nil {
+					cancel(fmt.Errorf("renew the owner's password: %w", err))
+				}
+			}
+		}
+	}()
+	defer func() {
+		cancel(nil)
+		<-renewed
+		back, done := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer done()
+		err = errors.Join(err, takeBack(back, provisioner, p))
+	}()
+	d := p.source
+	d.User, d.Password = p.owner, Secret(password)
+	cc, err := d.connConfig()
+	if err != nil {
+		return err
+	}
+	cc.RuntimeParams["search_path"] = searchPath(p.source.Schema, c.tn.cfg.Extensions, c.tn.cfg.ReferenceTables)
+	cc.RuntimeParams["application_name"] = "tenancy migration"
+	return fn(ctx, cc)
+}
+
+// takeBack ends the owner's right to log in, and its sessions.
+func takeBack(ctx context.Context, provisioner *pgx.Conn, p *place) error {
+	if provisioner.IsClosed() { // a cancelled statement closed it
+		fresh, err := p.provisionerConn(ctx)
+		if err != nil {
+			return fmt.Errorf("take back the owner's login (it expires by itself in %v): %w", ownerLease, err)
+		}
+		defer closeConn(fresh)
+		provisioner = fresh
+	}
+	if err := execDDL(ctx, provisioner, "ALTER ROLE "+ident.Quote(p.owner)+" NOLOGIN PASSWORD NULL"); err != nil {
+		return fmt.Errorf("take back the owner's login: %w", err)
+	}
+	return endSessions(ctx, provisioner, []string{p.owner})
+}
+
+// furnish puts into the schema what the library needs there, as its owner: the marker row that
+// names the tenant, and the runtime role's grants. The marker is made before the default
+// privileges, so the runtime role can read it and not write it.
+func (c *Catalog) furnish(ctx context.Context, cc *pgx.ConnConfig, p *place) error {
+	conn, err := pgx.ConnectConfig(ctx, cc)
+	if err != nil {
+		return withoutSecrets(err)
+	}
+	defer closeConn(conn)
+	schema, marker, runtime := ident.Quote(p.source.Schema), ident.Quote(p.source.Schema, markerTable), ident.Quote(p.runtime)
+	return pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+		for _, sql := range []string{
+			"CREATE TABLE IF NOT EXISTS " + marker + " (one boolean PRIMARY KEY DEFAULT true CHECK (one), realm uuid NOT NULL, tenant uuid NOT NULL)",
+			"REVOKE ALL ON TABLE " + marker + " FROM " + runtime,
+			"GRANT SELECT ON TABLE " + marker + " TO " + runtime,
+			"GRANT USAGE ON SCHEMA " + schema + " TO " + runtime,
+			"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO " + runtime,
+			"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT USAGE, SELECT ON SEQUENCES TO " + runtime,
+			"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT EXECUTE ON ROUTINES TO " + runtime,
+			"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT USAGE ON TYPES TO " + runtime,
+		} {
+			if _, err := tx.Exec(ctx, sql); err != nil {
+				return err
+			}
+		}
+		realm := c.tn.realm.Value()
+		_, err := tx.Exec(ctx, "INSERT INTO "+marker+" (realm, tenant) VALUES ($1, $2) ON CONFLICT DO NOTHING", realm, p.tenant.UID)
+		return err
+	})
+}
+
+// migratePlace brings a made place up to date and records its version.
+func (c *Catalog) migratePlace(ctx context.Context, p *place) (applied []int64, err error) {
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer closeConn(conn)
+	err = c.asOwner(ctx, conn, p, func(ctx context.Context, cc *pgx.ConnConfig) (err error) {
+		applied, err = c.migrateAs(ctx, cc, p)
+		return err
+	})
+	if len(applied) > 0 {
+		if e := c.recordVersion(context.WithoutCancel(ctx), p); e != nil {
+			err = errors.Join(err, e)
+		}
+	}
+	return applied, err
+}
+
+// recordVersion writes the version to the catalog, and moves the tenant to a new generation:
+// pools that cached plans of the old tables are replaced.
+func (c *Catalog) recordVersion(ctx context.Context, p *place) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return c.write(ctx, "record version", p.tenant.ID, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET version = $2, updated = now() WHERE id = $1`, p.id, p.version); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET generation = generation + 1, updated = now() WHERE id = $1`, p.tenant.ID); err != nil {
+			return err
+		}
+		return changed(ctx, tx, "tenant", p.tenant.ID, "")
+	})
+}
+
+func (c *Catalog) migrateAs(ctx context.Context, cc *pgx.ConnConfig, p *place) ([]int64, error) {
+	m := c.tn.migrations
+	if m.empty() {
+		return nil, errNoMigrations
+	}
+	m.reader = p.runtime
+	db := stdlib.OpenDB(*cc)
+	defer db.Close()
+	db.SetMaxOpenConns(2) // goose holds one for its lock
+	r, err := newRun(db, p.source.Schema, m)
+	if err != nil {
+		return nil, err
+	}
+	applied, err := r.up(ctx)
+	if version, e := r.version(context.WithoutCancel(ctx)); e == nil {
+		p.version = version
+	}
+	return applied, err
+}
+
+var errNoMigrations = hinted(ErrNoMigrations, "set Config.Migrations to the service's goose files, for example: //go:embed migrations/*.sql and var migrations embed.FS")
+
+// verifyPlace asks the server whether the privileges are as they must be: what was granted and
+// refused along the way proves nothing, because some refusals are warnings.
+func verifyPlace(ctx context.Context, conn *pgx.Conn, p *place) error {
+	login := ident.Literal(p.source.User)
+	marker, version := ident.Literal(ident.Quote(p.source.Schema, markerTable)), ident.Literal(ident.Quote(p.source.Schema, versionTable))
+	name := ident.Literal(p.source.Schema)
+	fix := "call Create again; if it stays, a default privilege or membership was changed by hand"
+	checks := []check{
+		{`has_schema_privilege(` + login + `, ` + name + `, 'USAGE')`, "the login may not use its schema", fix},
+		{`NOT has_schema_privilege(` + login + `, ` + name + `, 'CREATE')`, "the login may create in its schema", fix},
+		{`NOT has_schema_privilege('public', ` + name + `, 'USAGE')`, "every role may use the schema", fix},
+		{`has_database_privilege(` + login + `, current_database(), 'CONNECT')`, "the login may not connect", fix},
+		{`NOT has_database_privilege(` + login + `, current_database(), 'CREATE')`, "the login may create schemas", fix},
+		{`NOT pg_has_role(` + login + `, ` + ident.Literal(p.owner) + `, 'MEMBER')`, "the login is a member of the owner", fix},
+		{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + login, "the login has rights of the server's", fix},
+		{`SELECT NOT rolcanlogin FROM pg_roles WHERE rolname = ` + ident.Literal(p.owner), "the owner may still log in", fix},
+	}
+	for _, table := range []string{marker, version} {
+		checks = append(checks,
+			check{`has_table_privilege(` + login + `, ` + table + `, 'SELECT')`, "the login may not read " + table, fix},
+			check{`NOT has_table_privilege(` + login + `, ` + table + `, 'INSERT, UPDATE, DELETE, TRUNCATE, TRIGGER, REFERENCES')`, "the login may change " + table, fix})
+	}
+	return ask(ctx, conn, checks)
+}
+
+// fence makes the server refuse the tenant, whatever any node believes: its logins may not log in and its sessions
+// end. Nodes were told and had their time to drain; one that is paused or cut off is past asking.
+func fence(ctx context.Context, conn *pgx.Conn, p *place) error {
+	if err := execDDL(ctx, conn, "ALTER ROLE "+ident.Quote(p.source.User)+" NOLOGIN"); err != nil {
+		return err
+	}
+	return endSessions(ctx, conn, []string{p.source.User, p.owner})
+}
+
+// endSessions ends the sessions of the roles and returns when none is left.
+func endSessions(ctx context.Context, conn *pgx.Conn, roles []string) error {
+	for {
+		var left int
+		err := conn.QueryRow(ctx, `SELECT count(*) FROM (SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = ANY($1)) s`, roles).Scan(&left)
+		if err != nil {
+			return fmt.Errorf("end sessions: %w", err)
+		}
+		if left == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("end sessions: %d of %v are left: %w", left, roles, ctx.Err())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// execDDL runs a statement on shared catalog rows, which PostgreSQL refuses when another node
+// wrote the same row at the same moment; what was refused had no effect and is sent again.
+func execDDL(ctx context.Context, conn *pgx.Conn, sql string) error {
+	for try := 1; ; try++ {
+		_, err := conn.Exec(ctx, sql)
+		if err == nil || try == 10 || !isState(err, "XX000", "40001", "40P01") {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Duration(try) * 5 * time.Millisecond):
+		}
+	}
+}

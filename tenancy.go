@@ -1,0 +1,261 @@
+package tenancy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/msmt-go/tenancy/internal/lease"
+)
+
+// Tenancy is the library at work in one process, for one primary. It is made by [Open], is safe
+// for concurrent use, and is ended by [Tenancy.Close] or [Tenancy.Shutdown].
+type Tenancy struct {
+	cfg        Config
+	realm      realm
+	primary    *primaryDB
+	view       *view
+	resolver   TenantResolver
+	feed       *feed
+	migrations migrations
+	pools      *lease.Table[ID, *tenantPool]
+	hostPool   *pgxpool.Pool // nil: no host data
+	db, host   *TenantAwareDB
+	catalog    *Catalog
+	provisions chan struct{} // a slot for each tenant that may be made at once
+
+	mu         sync.Mutex // guards the fields below
+	followers  []follower
+	registries []closer      // in order of creation
+	ended      chan struct{} // closed when the first Shutdown is over; nil before one began
+	endErr     error
+}
+
+// closer is a registry that ends before the pools do.
+type closer interface {
+	Close(ctx context.Context) error
+}
+
+// Open connects to the primary, brings its own schema up to date, checks keys and set-up, and
+// starts to follow its changes. It never migrates tenants. ctx bounds the opening only; what runs afterwards is ended by Close.
+//
+// The error is [ErrInvalid] (the text names the field), [ErrPrimaryUnavailable], [ErrWrongKey],
+// [ErrPrimaryNewer] or a [*SetupError] that lists what is missing with the statements that mend it.
+func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
+	cfg = cfg.withDefaults()
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	m, err := serviceMigrations(cfg.Migrations, cfg.GoMigrations)
+	if err != nil {
+		return nil, err
+	}
+	listen, err := primaryConfig(cfg.ListenURL, cfg.Limits.ConnectTimeout)
+	if err != nil {
+		return nil, fmt.Errorf("Config.ListenURL: %w", err)
+	}
+	primary, err := openPrimary(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	tn := &Tenancy{cfg: cfg, realm: primary.realm, primary: primary, migrations: m, provisions: make(chan struct{}, cfg.Limits.Provisions)}
+	tn.catalog = &Catalog{tn}
+	tn.db, tn.host = &TenantAwareDB{tn: tn}, &TenantAwareDB{tn: tn, host: true}
+	listen.ConnConfig.RuntimeParams["application_name"] = "tenancy feed"
+	tn.feed = newFeed(tn, listen.ConnConfig)
+	if err := tn.start(ctx); err != nil {
+		tn.cfg.DrainTimeout = 0
+		return nil, errors.Join(err, tn.Close())
+	}
+	return tn, nil
+}
+
+func (tn *Tenancy) start(ctx context.Context) (err error) {
+	if tn.view, err = newView(tn.primary, tn.cfg.Lookups); err != nil {
+		return err
+	}
+	tn.resolver = &defaultResolver{view: tn.view, managers: tn.cfg.HostManagers}
+	if wrap := tn.cfg.WrapResolver; wrap != nil {
+		if tn.resolver = wrap(tn.resolver); tn.resolver == nil {
+			return invalid(errors.New("Config.WrapResolver returned nil"))
+		}
+	}
+	tn.pools = tn.newPools()
+	tn.followers = append(tn.followers, tableFollower[*tenantPool]{tn.pools})
+	if tn.cfg.HostURL != "" {
+		if tn.hostPool, err = openHost(ctx, tn.cfg); err != nil {
+			return err
+		}
+	}
+	if err := tn.primary.verify(ctx); err != nil {
+		return err
+	}
+	if err := tn.verifyServers(ctx); err != nil {
+		return err
+	}
+	return tn.feed.start(ctx)
+}
+
+// verifyServers registers Config.Server if no server is known and checks those with a
+// provisioner. One that cannot be reached is logged: its tenants wait for it, the others do not.
+func (tn *Tenancy) verifyServers(ctx context.Context) error {
+	sources, err := tn.primary.provisioners(ctx)
+	if err != nil {
+		return err
+	}
+	if len(sources) == 0 && tn.cfg.Server != nil {
+		name, d, err := tn.cfg.Server.parse()
+		if err != nil {
+			return err
+		}
+		if err := verifyServer(ctx, d, tn.cfg.Extensions); err != nil {
+			return err
+		}
+		return tn.primary.registerServer(ctx, name, d)
+	}
+	for _, d := range sources {
+		err := verifyServer(ctx, d, tn.cfg.Extensions)
+		if errors.Is(err, ErrSetup) {
+			return err
+		} else if err != nil {
+			tn.cfg.Logger.Warn("tenancy: a server could not be checked", "server", d.Address(), "error", err)
+		}
+	}
+	return nil
+}
+
+func openHost(ctx context.Context, cfg Config) (*pgxpool.Pool, error) {
+	pc, err := pgxpool.ParseConfig(cfg.HostURL)
+	if err != nil {
+		return nil, invalid(errors.New("Config.HostURL: not a PostgreSQL URL"))
+	}
+	pc.ConnConfig.ConnectTimeout = cfg.Limits.ConnectTimeout
+	pool, err := pgxpool.NewWithConfig(ctx, pc)
+	return pool, withoutSecrets(err)
+}
+
+// DB returns the database of the context's tenant: each call runs on the pool of the tenant in its
+// own context, and without one it is [ErrNoTenant].
+func (tn *Tenancy) DB() *TenantAwareDB { return tn.db }
+
+// Host returns the database of the host, Config.HostURL. It asks for no tenant and no role: who
+// may reach host data is for the service to say. Without HostURL every call is [ErrNoHostData].
+func (tn *Tenancy) Host() *TenantAwareDB { return tn.host }
+
+// Catalog returns the verbs of tenants' lives.
+func (tn *Tenancy) Catalog() *Catalog { return tn.catalog }
+
+// Migrator returns what migrates tenants.
+func (tn *Tenancy) Migrator() *Migrator { return &Migrator{tn} }
+
+// Refresh runs the validity job now: this node re-reads what it holds. Notifications and the
+// poll make it unnecessary in ordinary operation.
+func (tn *Tenancy) Refresh(ctx context.Context) error { return tn.feed.check(ctx) }
+
+// Close is Shutdown with Config.DrainTimeout.
+func (tn *Tenancy) Close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), tn.cfg.DrainTimeout)
+	defer cancel()
+	return tn.Shutdown(ctx)
+}
+
+// Shutdown ends everything that Open started: the feed and its job first, then the service's
+// registries in reverse order of creation, then the tenants' pools. New work is refused with
+// [ErrClosed]; work in flight has until ctx ends and is then cut: its connections are closed.
+//
+// The error names the tenants whose work was cut. Further calls wait for the first one and return its error.
+func (tn *Tenancy) Shutdown(ctx context.Context) error {
+	tn.mu.Lock()
+	if ended := tn.ended; ended != nil {
+		tn.mu.Unlock()
+		<-ended
+		return tn.endErr
+	}
+	tn.ended = make(chan struct{})
+	registries := slices.Clone(tn.registries)
+	tn.mu.Unlock()
+	defer close(tn.ended)
+
+	tn.feed.close()
+	var errs []error
+	for _, r := range slices.Backward(registries) {
+		errs = append(errs, r.Close(ctx))
+	}
+	if tn.pools != nil {
+		cut, err := tn.pools.Close(ctx)
+		if len(cut) > 0 {
+			slices.Sort(cut)
+			err = fmt.Errorf("tenancy: shutdown: the drain time ended with work in flight of tenants %v: it was cut", cut)
+		}
+		errs = append(errs, err)
+	}
+	if tn.hostPool != nil {
+		errs = append(errs, closePool(ctx, tn.hostPool, "host"))
+	}
+	if tn.view != nil {
+		tn.view.close()
+	}
+	errs = append(errs, closePool(ctx, tn.primary.pool, "primary"))
+	tn.endErr = errors.Join(errs...)
+	return tn.endErr
+}
+
+// closePool closes a pool of ours within ctx: pgx's own Close waits for ever for a connection that is not given back.
+func closePool(ctx context.Context, pool *pgxpool.Pool, name string) error {
+	closed := make(chan struct{})
+	go func() { pool.Close(); close(closed) }()
+	select {
+	case <-closed:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("tenancy: shutdown: connections to the %s database are still in use", name)
+	}
+}
+
+// closeLater has something of the service's ended by Shutdown, before the pools.
+func (tn *Tenancy) closeLater(end func()) error {
+	tn.mu.Lock()
+	defer tn.mu.Unlock()
+	if tn.ended != nil {
+		end()
+		return ErrClosed
+	}
+	tn.registries = append(tn.registries, closerFunc(end))
+	return nil
+}
+
+type closerFunc func()
+
+func (f closerFunc) Close(context.Context) error { f(); return nil }
+
+// watchers returns who holds values of tenants.
+func (tn *Tenancy) watchers() []follower {
+	tn.mu.Lock()
+	defer tn.mu.Unlock()
+	return slices.Clone(tn.followers)
+}
+
+// provisioners returns the registered servers' provisioner logins.
+func (p *primaryDB) provisioners(ctx context.Context) ([]DataSource, error) {
+	rows, err := p.pool.Query(ctx, `SELECT provisioner FROM tenancy.servers WHERE provisioner IS NOT NULL ORDER BY id`)
+	if err != nil {
+		return nil, unavailable("read servers", err)
+	}
+	defer rows.Close()
+	var list []DataSource
+	for rows.Next() {
+		var sealed []byte
+		if err := rows.Scan(&sealed); err != nil {
+			return nil, unavailable("read servers", err)
+		}
+		d, err := p.openSource(UID(p.realm.Value()), "provisioner", sealed)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, d)
+	}
+	return list, unavailable("read servers", rows.Err())
+}

@@ -1,0 +1,152 @@
+package tenancytest
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"net/url"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/msmt-go/tenancy"
+	"github.com/msmt-go/tenancy/internal/pgembed"
+)
+
+// Fleet is a primary and a tenants' database of their own on the test server, as [tenancy.Init]
+// makes them: the provisioner is no superuser. Several nodes can be opened on one fleet.
+type Fleet struct {
+	AdminURL   string // a superuser, for looking past the library
+	PrimaryURL string
+	ServerURL  string // the tenants' database with the provisioner
+	Keys       tenancy.Keyring
+	KeyText    string // Keys for another process, as ParseKeyring reads it
+	Server     *pgembed.Server
+
+	prefix string
+}
+
+// NewFleet makes a fleet that is dropped when the test ends. extensions are created in tenancy_ext.
+func NewFleet(tb testing.TB, extensions ...string) *Fleet {
+	tb.Helper()
+	s := start(tb)
+	f := &Fleet{AdminURL: s.URL(), Server: s, prefix: "t" + random(6)}
+	f.PrimaryURL, f.ServerURL = f.url(tb, "catalog", "primary"), f.url(tb, "provisioner", "tenants")
+	var err error
+	if f.KeyText, err = tenancy.NewKey("test"); err != nil {
+		tb.Fatal(err)
+	}
+	if f.Keys, err = tenancy.ParseKeyring(f.KeyText); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { f.drop(tb) })
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if err := tenancy.Init(ctx, f.AdminConfig(extensions...)); err != nil {
+		tb.Fatal(err)
+	}
+	return f
+}
+
+// AdminConfig is what Init was called with.
+func (f *Fleet) AdminConfig(extensions ...string) tenancy.AdminConfig {
+	return tenancy.AdminConfig{AdminURL: f.AdminURL, PrimaryURL: f.PrimaryURL, Server: tenancy.ServerConfig{URL: f.ServerURL}, Keys: f.Keys, Extensions: extensions}
+}
+
+// Open opens a node on the fleet; it is closed when the test ends.
+func (f *Fleet) Open(tb testing.TB, cfg tenancy.Config) *tenancy.Tenancy {
+	tb.Helper()
+	cfg.PrimaryURL, cfg.Keys = f.PrimaryURL, f.Keys
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	tn, err := tenancy.Open(ctx, cfg)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := tn.Close(); err != nil {
+			tb.Errorf("close: %v", err)
+		}
+	})
+	return tn
+}
+
+// Admin connects to one of the fleet's databases, "primary" or "tenants", as a superuser with an empty search_path.
+func (f *Fleet) Admin(tb testing.TB, database string) *pgx.Conn {
+	tb.Helper()
+	cc, err := pgx.ParseConfig(f.AdminURL)
+	if err != nil {
+		tb.Fatal("the test server's URL cannot be parsed")
+	}
+	cc.Database = f.prefix + "_" + database
+	cc.RuntimeParams["search_path"] = ""
+	conn, err := pgx.ConnectConfig(context.Background(), cc)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = conn.Close(context.Background()) })
+	return conn
+}
+
+func (f *Fleet) url(tb testing.TB, login, database string) string {
+	u, err := url.Parse(f.AdminURL)
+	if err != nil {
+		tb.Fatal("the test server's URL cannot be parsed")
+	}
+	u.User = url.UserPassword(f.prefix+"_"+login, random(16))
+	u.Path = "/" + f.prefix + "_" + database
+	u.RawQuery = ""
+	if mode := mustQuery(f.AdminURL).Get("sslmode"); mode != "" {
+		u.RawQuery = "sslmode=" + mode
+	}
+	return u.String()
+}
+
+func mustQuery(raw string) url.Values {
+	u, err := url.Parse(raw)
+	if err != nil {
+		return nil
+	}
+	return u.Query()
+}
+
+// drop removes what the fleet left on the server: databases first, then every role of its tenants.
+func (f *Fleet) drop(tb testing.TB) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, f.AdminURL)
+	if err != nil {
+		tb.Logf("drop fleet: %v", err)
+		return
+	}
+	defer conn.Close(ctx)
+	rows, _ := conn.Query(ctx, `SELECT m.member::regrole::text FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid WHERE g.rolname = $1`, f.prefix+"_tenants_tenants")
+	members, _ := pgx.CollectRows(rows, pgx.RowTo[string])
+	steps := []string{
+		fmt.Sprintf("DROP DATABASE IF EXISTS %s_primary WITH (FORCE)", f.prefix),
+		fmt.Sprintf("DROP DATABASE IF EXISTS %s_tenants WITH (FORCE)", f.prefix),
+	}
+	var runtimes []string
+	rows, _ = conn.Query(ctx, `SELECT DISTINCT m.roleid::regrole::text FROM pg_auth_members m WHERE m.member::regrole::text = $1`, f.prefix+"_provisioner")
+	runtimes, _ = pgx.CollectRows(rows, pgx.RowTo[string])
+	for _, role := range append(members, runtimes...) {
+		if role != f.prefix+"_provisioner" && role != f.prefix+"_tenants_tenants" {
+			steps = append(steps, "DROP ROLE IF EXISTS "+role)
+		}
+	}
+	for _, role := range []string{"_tenants_tenants", "_provisioner", "_catalog"} {
+		steps = append(steps, "DROP ROLE IF EXISTS "+f.prefix+role)
+	}
+	for _, sql := range steps {
+		if _, err := conn.Exec(ctx, sql); err != nil {
+			tb.Logf("drop fleet: %s: %v", sql, err)
+		}
+	}
+}
+
+func random(bytes int) string {
+	b := make([]byte, bytes)
+	_, _ = rand.Read(b) // never fails
+	return hex.EncodeToString(b)
+}

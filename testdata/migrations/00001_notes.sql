@@ -1,0 +1,9 @@
+-- +goose Up
+CREATE TABLE notes (
+    id     bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    tenant text NOT NULL,
+    title  text NOT NULL
+);
+
+-- +goose Down
+DROP TABLE notes;

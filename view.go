@@ -1,0 +1,162 @@
+package tenancy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// view is what this node knows of the catalog: bounded look-ups that the feed keeps true.
+// It answers from memory; the primary is asked on a miss alone.
+type view struct {
+	primary *primaryDB
+	records *lookup[ID, *record]
+	names   *lookup[string, ID]
+	domains *lookup[string, ID]
+	users   *lookup[UserKey, []member]
+
+	// stale is set by the feed when the primary has been silent for longer than StaleGrace.
+	// From then on nothing that was remembered is believed.
+	stale atomic.Bool
+}
+
+// record is one tenant as the catalog last told it: immutable, and replaced as a whole.
+type record struct {
+	tenant     Tenant
+	message    string
+	retryAfter time.Duration
+	source     DataSource // how to reach its data, with the password
+	sourceErr  error      // why source is unusable: this tenant is refused, the others are not
+}
+
+// Format keeps the login inside from being printed by a stray %+v.
+func (r *record) Format(f fmt.State, _ rune) {
+	fmt.Fprintf(f, "tenant %q (id %d, %s)", r.tenant.Name, r.tenant.ID, r.tenant.State)
+}
+
+// member is one membership of a user.
+type member struct {
+	tenant    ID
+	role      Role
+	isDefault bool
+}
+
+func newView(primary *primaryDB, cfg LookupConfig) (*view, error) {
+	v := &view{primary: primary}
+	bounds := lookupConfig{size: cfg.Size, negativeSize: cfg.NegativeSize, negativeTTL: cfg.NegativeTTL, loadTimeout: cfg.Timeout}
+	var errs [4]error
+	v.records, errs[0] = newLookup(bounds, v.loadRecord)
+	v.names, errs[1] = newLookup(bounds, v.loadName)
+	v.domains, errs[2] = newLookup(bounds, v.loadDomain)
+	v.users, errs[3] = newLookup(bounds, v.loadUser)
+	return v, errors.Join(errs[:]...)
+}
+
+func (v *view) close() {
+	v.records.close()
+	v.names.close()
+	v.domains.close()
+	v.users.close()
+}
+
+// record returns what is known of the tenant. Unknown is ErrTenantNotFound, an unreachable
+// primary ErrPrimaryUnavailable.
+func (v *view) record(ctx context.Context, id ID) (*record, error) {
+	if v.stale.Load() {
+		return nil, errStale
+	}
+	r, found, err := v.records.get(ctx, id)
+	if err != nil {
+		return nil, lookupFailure(ctx, err)
+	}
+	if !found {
+		return nil, ErrTenantNotFound
+	}
+	return r, nil
+}
+
+// lookupFailure tells a caller who left from a primary that did not answer.
+func lookupFailure(ctx context.Context, err error) error {
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return ctx.Err()
+	}
+	return unavailable("look up", err)
+}
+
+var errStale = &Error{Op: "look up", RetryAfter: primaryRetryAfter,
+	Err: hinted(ErrPrimaryUnavailable, "it has been out of reach for longer than Lookups.StaleGrace")}
+
+// forgetEverything is the answer to every doubt: a hole in the feed, a restored primary, a cut connection.
+func (v *view) forgetEverything() {
+	v.records.forgetAll()
+	v.names.forgetAll()
+	v.domains.forgetAll()
+	v.users.forgetAll()
+}
+
+// forgetTenant forgets one tenant, and every name and every answer "unknown": the change may be a rename or a birth.
+func (v *view) forgetTenant(id ID) {
+	v.records.forget(id)
+	v.names.forgetAll()
+}
+
+// served says whether the tenant may be served now, as an error of the state's class.
+func (r *record) served(op string) error {
+	fail := func(class error, after time.Duration) error {
+		return &Error{Op: op, Tenant: r.tenant.ID, Name: r.tenant.Name, RetryAfter: after, Message: r.message, Err: class}
+	}
+	switch r.tenant.State {
+	case StateActive:
+		if r.sourceErr != nil {
+			return fail(r.sourceErr, 0)
+		}
+		return nil
+	case StateProvisioning:
+		return fail(ErrTenantNotReady, time.Second)
+	case StateSuspended:
+		return fail(ErrTenantSuspended, 0)
+	case StateMaintenance:
+		return fail(ErrTenantMaintenance, r.retryAfter)
+	case StateDeleted, StatePurged:
+		return fail(ErrTenantGone, 0)
+	default:
+		return fail(fmt.Errorf("%w: state %q is unknown to this release", ErrTenantNotFound, r.tenant.State), 0)
+	}
+}
+
+func (v *view) loadRecord(ctx context.Context, id ID) (*record, bool, error) {
+	r, err := v.primary.record(ctx, v.primary.pool, id)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, false, nil
+	}
+	return r, err == nil, err
+}
+
+func (v *view) loadName(ctx context.Context, name string) (ID, bool, error) {
+	return v.loadID(ctx, `SELECT id FROM tenancy.tenants WHERE name = $1`, name)
+}
+
+func (v *view) loadDomain(ctx context.Context, domain string) (ID, bool, error) {
+	return v.loadID(ctx, `SELECT tenant FROM tenancy.domains WHERE domain = $1`, domain)
+}
+
+func (v *view) loadID(ctx context.Context, sql, key string) (ID, bool, error) {
+	var id ID
+	err := v.primary.pool.QueryRow(ctx, sql, key).Scan(&id)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return 0, false, nil
+	}
+	return id, err == nil, err
+}
+
+func (v *view) loadUser(ctx context.Context, key UserKey) ([]member, bool, error) {
+	rows, _ := v.primary.pool.Query(ctx, `SELECT tenant, role, is_default FROM tenancy.memberships WHERE user_key = $1 ORDER BY tenant`, key)
+	members, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (m member, err error) {
+		return m, row.Scan(&m.tenant, &m.role, &m.isDefault)
+	})
+	return members, len(members) > 0, err
+}
