@@ -55,7 +55,8 @@ func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any)
 // end, or a Scan fails.
 //
 // The rows are never nil: after an error they are empty and their Err is that error, so it may be
-// ignored where [pgx.CollectRows] and its like follow.
+// ignored where [pgx.CollectRows] and its like follow. What their Conn returns is pgx's own, and only
+// theirs until they end.
 func (db *TenantAwareDB) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
 	c, err := db.checkout(ctx, "query")
 	if err != nil {

@@ -436,9 +436,6 @@ func (w *identity) login(user, superuser string) error {
 	return nil
 }
 
-// bare takes the quotes and spaces out of a search_path; names of schemas have neither.
-var bare = strings.NewReplacer(`"`, "", " ", "")
-
 func (w *identity) session(pid uint32, row [][]byte) error {
 	if len(row) != 6 {
 		return hinted(ErrIdentity, "it gave %d columns for six", len(row))
@@ -458,11 +455,14 @@ func (w *identity) session(pid uint32, row [][]byte) error {
 	case !slices.Equal(schemas, w.schemas):
 		return hinted(ErrIdentity, "search_path finds %q, not %q (a schema that is missing, or without USAGE, is not found)", schemas, w.schemas)
 	// A schema on the path that does not exist, or not for us, is not found above, but would be on the day it does.
-	case bare.Replace(string(row[5])) != strings.Join(w.schemas, ","):
+	case unquoted(string(row[5])) != strings.Join(w.schemas, ","):
 		return hinted(ErrIdentity, "search_path is %s, which is more than %q", row[5], w.schemas)
 	}
 	return nil
 }
+
+// unquoted takes the quotes and spaces out of a search_path; names of schemas have neither.
+func unquoted(path string) string { return strings.NewReplacer(`"`, "", " ", "").Replace(path) }
 
 func (w *identity) marker(rows [][][]byte) error {
 	switch {

@@ -34,8 +34,8 @@ var server struct {
 	*pgembed.Server
 }
 
-// Main runs the tests and stops the server, if they started one, and exits.
-func Main(m *testing.M) {
+// Main runs the tests and stops the server, if they started one, and exits. m is the *testing.M, or what wraps it.
+func Main(m interface{ Run() int }) {
 	code := m.Run()
 	if err := stop(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -60,8 +60,11 @@ type entry[K comparable, V any] struct {
 	value      V     // written before ready is closed
 	err        error // likewise
 
-	state   atomic.Int64
-	touched atomic.Bool // a lease was released since the last tick of the janitor
+	touched atomic.Bool // a lease was released since the last tick of the janitor; read on every release
+
+	_     [64]byte // the counter has a cache line of its own: a hit reads what stands above
+	state atomic.Int64
+	_     [56]byte
 
 	ready  chan struct{} // closed when the build has ended
 	ended  chan struct{} // closed when the value has ended, or the build failed

@@ -1,0 +1,27 @@
+package middleware
+
+import (
+	"net/http"
+
+	"github.com/msmt-go/tenancy"
+)
+
+// Contributor reads from a request what it says about its tenant: a domain, a path, a header, a
+// claim.
+//
+// A hint is not believed by itself, and its Trust says what it is worth: an implementation
+// claims [tenancy.Place] only for where the request went and [tenancy.Identity] only for what the service's
+// authentication proved; all that a caller can set at will is a [tenancy.Choice]. Where a
+// request says two things in one place, such as a header given twice, that is an error.
+//
+// Hint is called once per request, concurrently. The zero Hint is no opinion. Its error is answered with 400, but
+// with 503 where it matches [tenancy.ErrPrimaryUnavailable] or is the context's.
+type Contributor interface {
+	Hint(r *http.Request) (tenancy.Hint, error)
+}
+
+// ContributorFunc is a function as a Contributor.
+type ContributorFunc func(r *http.Request) (tenancy.Hint, error)
+
+// Hint calls f.
+func (f ContributorFunc) Hint(r *http.Request) (tenancy.Hint, error) { return f(r) }

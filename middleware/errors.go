@@ -1,0 +1,96 @@
+package middleware
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"time"
+
+	"github.com/msmt-go/tenancy"
+)
+
+// ErrUnauthenticated: the request needs a user, and gave no credentials or wrong ones.
+var ErrUnauthenticated = errors.New("tenancy/middleware: not authenticated")
+
+// statusClientGone is what nginx logs for a caller who hung up. Nobody receives it; in an
+// access log it is no failure of the service, which a 5xx would be.
+const statusClientGone = 499
+
+// answer is what a class of error means to a caller. This table is the one place that decides on statuses.
+type answer struct {
+	class  error
+	status int
+	name   string        // the last part of the problem's type; "": about:blank
+	title  string        // "": the status's own text
+	detail string        // the operator's message comes before it where operator is set
+	retry  time.Duration // what Retry-After says when the error does not know better; 0: no header
+	// operator: members may read the operator's message.
+	operator bool
+	// members: what an anonymous caller is not told: there it is "no such tenant".
+	members bool
+}
+
+// answers are tried in order. Those that mean "could not find out" come first: an error can match a refusal as well,
+// and a refusal that was never established must not be claimed.
+var answers = []answer{
+	{class: tenancy.ErrPrimaryUnavailable, status: http.StatusServiceUnavailable, name: "unavailable",
+		detail: "The service cannot look the tenant up at the moment.", retry: 2 * time.Second},
+	{class: tenancy.ErrClosed, status: http.StatusServiceUnavailable, name: "unavailable",
+		detail: "This node is shutting down.", retry: time.Second},
+	{class: context.Canceled, status: http.StatusServiceUnavailable, name: "unavailable",
+		detail: "The work was cut short.", retry: time.Second},
+	{class: context.DeadlineExceeded, status: http.StatusServiceUnavailable, name: "unavailable",
+		detail: "The answer took too long.", retry: time.Second},
+
+	{class: ErrUnauthenticated, status: http.StatusUnauthorized,
+		detail: "Valid credentials are required."},
+	// One body for a foreign and a missing tenant: the difference is not the caller's to know.
+	{class: tenancy.ErrForbidden, status: http.StatusForbidden, name: "forbidden",
+		detail: "You have no access here."},
+	{class: tenancy.ErrAmbiguousTenant, status: http.StatusConflict, name: "ambiguous-tenant", title: "Which tenant?",
+		detail: "You belong to several tenants: name one of them in the request."},
+	{class: tenancy.ErrTenantSuspended, status: http.StatusForbidden, name: "tenant-suspended", title: "Tenant is suspended",
+		operator: true, members: true},
+	{class: tenancy.ErrTenantMaintenance, status: http.StatusServiceUnavailable, name: "tenant-maintenance", title: "Tenant is under maintenance",
+		retry: time.Minute, operator: true, members: true},
+	{class: tenancy.ErrTenantGone, status: http.StatusGone, name: "tenant-gone", title: "Tenant was deleted", members: true},
+	{class: tenancy.ErrTenantNotReady, status: http.StatusServiceUnavailable, name: "tenant-not-ready", title: "Tenant is being set up",
+		retry: time.Second, members: true},
+	{class: tenancy.ErrTenantNotFound, status: http.StatusNotFound, name: "tenant-not-found", title: "No such tenant"},
+	{class: tenancy.ErrNotServed, status: http.StatusMisdirectedRequest, name: "not-served",
+		detail: "This node does not serve the tenant."},
+	// The reason can repeat what the request said, which belongs into the log.
+	{class: tenancy.ErrInvalid, status: http.StatusBadRequest,
+		detail: "The request names its user or tenant in a form that is not accepted."},
+	// Every other one, ErrNoTenant among them (the middleware is missing on the route), is the service's failure.
+}
+
+var (
+	failed   = answer{status: http.StatusInternalServerError}
+	notFound = answerTo(tenancy.ErrTenantNotFound)
+)
+
+func answerTo(err error) answer {
+	for _, a := range answers {
+		if errors.Is(err, a.class) {
+			return a
+		}
+	}
+	return failed
+}
+
+// answerFor is answerTo for the caller of r.
+func answerFor(r *http.Request, err error) answer {
+	a := answerTo(err)
+	if a.class == context.Canceled && r.Context().Err() != nil {
+		return answer{status: statusClientGone, title: "Client closed the request"}
+	}
+	if a.members {
+		if s, ok := tenancy.FromContext(r.Context()); ok && s.User() == "" {
+			return notFound
+		}
+	}
+	return a
+}
+
+func statusOf(r *http.Request, err error) int { return answerFor(r, err).status }

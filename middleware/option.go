@@ -1,0 +1,69 @@
+package middleware
+
+import (
+	"log/slog"
+	"net/http"
+	"slices"
+)
+
+// Option changes what [New] makes. Each may be given once.
+type Option func(*options) error
+
+type options struct {
+	contributors []Contributor
+	onError      func(http.ResponseWriter, *http.Request, error)
+	log          *slog.Logger
+}
+
+// WithContributors sets what is asked for hints about the request's tenant. Their order does not
+// matter: all are asked, and hints that disagree are refused. Default: none, and each
+// user gets the tenant of the default membership.
+func WithContributors(cs ...Contributor) Option {
+	return func(o *options) error {
+		if len(cs) == 0 {
+			return invalid("WithContributors: none is given")
+		}
+		if o.contributors != nil {
+			return invalid("WithContributors is given twice: name all in one")
+		}
+		for i, c := range cs {
+			if f, ok := c.(ContributorFunc); c == nil || ok && f == nil {
+				return invalid("WithContributors: [%d] is nil", i)
+			}
+		}
+		o.contributors = slices.Clone(cs)
+		return nil
+	}
+}
+
+// WithErrorHandler sets who answers a request that is refused or has failed: a page for browsers, the
+// service's own envelope, or a challenge on a 401, whose scheme only the service knows. [ProblemOf] gives the status and
+// words of the default. Default: ProblemOf(r, err).Write(w).
+//
+// The error's text is for logs. It names tenants and tells a foreign tenant from a missing one, so it must not be sent.
+func WithErrorHandler(fn func(w http.ResponseWriter, r *http.Request, err error)) Option {
+	return func(o *options) error {
+		if fn == nil {
+			return invalid("WithErrorHandler: it is nil")
+		}
+		if o.onError != nil {
+			return invalid("WithErrorHandler is given twice")
+		}
+		o.onError = fn
+		return nil
+	}
+}
+
+// WithLogger sets where failures are logged. Default: slog.Default() at the time of New.
+func WithLogger(log *slog.Logger) Option {
+	return func(o *options) error {
+		if log == nil {
+			return invalid("WithLogger: it is nil")
+		}
+		if o.log != nil {
+			return invalid("WithLogger is given twice")
+		}
+		o.log = log
+		return nil
+	}
+}
