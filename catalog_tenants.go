@@ -455,22 +455,48 @@ func (c *Catalog) fenceTenant(ctx context.Context, p *place) error {
 	if err := c.tn.feed.awaitNodes(ctx); err != nil {
 		return err
 	}
-	conn, err := p.provisionerConn(ctx)
+	places, err := c.placesOf(ctx, p.tenant)
 	if err != nil {
-		return fmt.Errorf("the nodes refuse the tenant, its sessions at the server were not ended: %w", err)
+		return err
 	}
-	defer closeConn(conn)
-	var made bool
-	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, p.source.User).Scan(&made); err != nil {
-		return fmt.Errorf("fence: %w", err)
-	}
-	if made {
-		if err := fence(ctx, conn, p); err != nil {
-			return fmt.Errorf("fence: %w", err)
+	for _, at := range places {
+		if err := fencePlace(ctx, at); err != nil {
+			return fmt.Errorf("the nodes refuse the tenant, its sessions at %s were not ended: %w", at.source.Address(), err)
 		}
 	}
 	_, err = c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.tenants SET fenced = now() WHERE id = $1 AND state IN ('suspended', 'maintenance', 'deleted')`, p.tenant.ID)
 	return unavailable("fence", err)
+}
+
+// placesOf returns every place that was made for the tenant, also those that it has moved away from.
+func (c *Catalog) placesOf(ctx context.Context, t Tenant) ([]*place, error) {
+	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT id FROM tenancy.data_sources WHERE uid = $1 AND state <> 'dropped' ORDER BY id`, t.UID)
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[int64])
+	if err != nil {
+		return nil, unavailable("read places", err)
+	}
+	places := make([]*place, len(ids))
+	for i, id := range ids {
+		if places[i], err = c.placeByID(ctx, id); err != nil {
+			return nil, err
+		}
+		places[i].tenant = t
+	}
+	return places, nil
+}
+
+// fencePlace fences one place as its server's provisioner. One that was never made has nothing to fence.
+func fencePlace(ctx context.Context, p *place) error {
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	var made bool
+	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, p.source.User).Scan(&made); err != nil || !made {
+		return err
+	}
+	return fence(ctx, conn, p)
 }
 
 // Resume brings a suspended tenant back into service on every node.
@@ -564,17 +590,15 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 	if err := c.fenceTenant(ctx, p); err != nil {
 		return fail(err)
 	}
-	conn, err := p.provisionerConn(ctx)
+	places, err := c.placesOf(ctx, p.tenant)
 	if err != nil {
 		return fail(err)
 	}
-	defer closeConn(conn)
 	r := Receipt{Tenant: id, UID: p.tenant.UID, Name: name}
-	if r.Tables, err = dropSchema(ctx, conn, p); err != nil {
-		return fail(fmt.Errorf("drop schema: %w", err))
-	}
-	if r.Roles, err = dropRoles(ctx, conn, p.source.User, p.runtime, p.owner); err != nil {
-		return fail(fmt.Errorf("drop roles: %w", err))
+	for _, at := range places {
+		if err := dropPlace(ctx, at, &r); err != nil {
+			return fail(err)
+		}
 	}
 	err = c.write(ctx, "purge", id, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `DELETE FROM tenancy.memberships WHERE tenant = $1 RETURNING user_key`, id)
@@ -591,7 +615,7 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'purged', display_name = '', attributes = '{}', message = '', updated = now() WHERE id = $1`, id); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'dropped', sealed = '', updated = now() WHERE id = $1`, p.id); err != nil {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'dropped', sealed = '', updated = now() WHERE uid = $1`, p.tenant.UID); err != nil {
 			return err
 		}
 		// What the audit trail keeps of a purged tenant names no person.
@@ -617,6 +641,26 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 		return Receipt{}, err
 	}
 	return r, nil
+}
+
+// dropPlace drops the schema, then what its roles own elsewhere, then the roles.
+func dropPlace(ctx context.Context, p *place, r *Receipt) error {
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	tables, err := dropSchema(ctx, conn, p)
+	r.Tables += tables
+	if err != nil {
+		return fmt.Errorf("drop schema %s: %w", p.source.Schema, err)
+	}
+	roles, err := dropRoles(ctx, conn, p.source.User, p.runtime, p.owner)
+	r.Roles = append(r.Roles, roles...)
+	if err != nil {
+		return fmt.Errorf("drop roles of %s: %w", p.source.Schema, err)
+	}
+	return nil
 }
 
 // dropSchema drops relation by relation: one statement for thousands of tables runs out of the server's lock table.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -69,6 +70,23 @@ type Config struct {
 	// PoolConfig may change a tenant's pool settings (tracers, limits, types). What pins the pool
 	// to its tenant is set again afterwards and cannot be changed here. Default: none.
 	PoolConfig func(ctx context.Context, t Tenant, cfg *pgxpool.Config) error
+}
+
+// Format writes what can be shown, whatever the verb: URLs hold passwords.
+func (c Config) Format(f fmt.State, _ rune) {
+	fmt.Fprintf(f, "tenancy.Config{PrimaryURL: %s, Keys: %v, Isolation: %q, ValidityCron: %q}", redactURL(c.PrimaryURL), c.Keys, c.Isolation, c.ValidityCron)
+}
+
+// MarshalText is Format for JSON and log/slog.
+func (c Config) MarshalText() ([]byte, error) { return fmt.Append(nil, c), nil }
+
+// redactURL keeps scheme, address and database of a URL, and nothing of what cannot be read as one.
+func redactURL(raw string) string {
+	u, err := url.Parse(raw)
+	if err != nil || u.Host == "" {
+		return redacted
+	}
+	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
 }
 
 // GoMigration is a migration in code, run inside a transaction as the tenant's owner.

@@ -21,6 +21,14 @@ type ServerConfig struct {
 	URL string
 }
 
+// Format writes what can be shown, whatever the verb: the URL holds a password.
+func (s ServerConfig) Format(f fmt.State, _ rune) {
+	fmt.Fprintf(f, "tenancy.ServerConfig{Name: %q, URL: %s}", s.Name, redactURL(s.URL))
+}
+
+// MarshalText is Format for JSON and log/slog.
+func (s ServerConfig) MarshalText() ([]byte, error) { return fmt.Append(nil, s), nil }
+
 func (s ServerConfig) parse() (string, DataSource, error) {
 	name := s.Name
 	def(&name, "main")
@@ -53,6 +61,14 @@ type AdminConfig struct {
 	// Extensions are created in tenancy_ext of the tenants' database. Default: none.
 	Extensions []string
 }
+
+// Format writes what can be shown, whatever the verb: URLs hold passwords.
+func (a AdminConfig) Format(f fmt.State, _ rune) {
+	fmt.Fprintf(f, "tenancy.AdminConfig{AdminURL: %s, PrimaryURL: %s, Server: %v, Keys: %v}", redactURL(a.AdminURL), redactURL(a.PrimaryURL), a.Server, a.Keys)
+}
+
+// MarshalText is Format for JSON and log/slog.
+func (a AdminConfig) MarshalText() ([]byte, error) { return fmt.Append(nil, a), nil }
 
 // Init makes what a fleet needs before the first Open: the two databases, the catalog login, the
 // provisioner, their privileges and the primary's own schema, and registers the server. It may be

@@ -45,8 +45,7 @@ func (l Lease[K, V]) Discard() {
 // (current, for new callers). Whoever brings it to zero tries to swap zero for dead, and
 // who succeeds closes the value, so it is closed once. A caller adds its lease first
 // and looks afterwards: if the sum is negative the value is dead, and it takes its two
-// back. That is one uncontended addition on a hit, where a compare-and-swap loop would
-// spin between cores.
+// back. That is one addition on a hit, where a compare-and-swap loop would spin between cores.
 const (
 	linked   = 1
 	oneLease = 2
@@ -60,11 +59,10 @@ type entry[K comparable, V any] struct {
 	value      V     // written before ready is closed
 	err        error // likewise
 
-	touched atomic.Bool // a lease was released since the last tick of the janitor; read on every release
-
-	_     [64]byte // the counter has a cache line of its own: a hit reads what stands above
-	state atomic.Int64
-	_     [56]byte
+	// A cache line of its own for state was tried and taken back: under callers of one value
+	// on two cores it measured no difference.
+	state   atomic.Int64
+	touched atomic.Bool // a lease was released since the last tick of the janitor
 
 	ready  chan struct{} // closed when the build has ended
 	ended  chan struct{} // closed when the value has ended, or the build failed
