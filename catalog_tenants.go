@@ -160,7 +160,9 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 		err := tx.QueryRow(ctx, `INSERT INTO tenancy.tenants (uid, name, display_name, state, isolation, intent, max_users, attributes)
 			VALUES ($1, $2, $3, 'provisioning', $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING id`,
 			uid, n.Name, n.DisplayName, c.tn.cfg.Isolation, intent, maxUsers, n.Attributes).Scan(&id)
-		if errors.Is(err, pgx.ErrNoRows) {
+		if isState(err, "23505") { // of the UID: the name has its own answer
+			return invalid(errors.New("data source: another tenant has this place"))
+		} else if errors.Is(err, pgx.ErrNoRows) {
 			return c.declared(ctx, tx, n, intent, &id)
 		} else if err != nil {
 			return err
@@ -328,7 +330,7 @@ func (c *Catalog) prepared(ctx context.Context, q querier, d DataSource) (uid UI
 // then opens new pools and lets the old ones drain. The old place stays as it is.
 //
 // The error is [ErrInvalid], [ErrIdentity] (the place is another tenant's), [ErrTenantNotFound], [ErrTenantGone], [ErrInProgress] or [ErrPrimaryUnavailable].
-func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) error {
+func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err error) {
 	const op = "set data source"
 	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
 	if err := d.validate(); err != nil {
@@ -355,8 +357,11 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) error 
 		return fail(err)
 	}
 	to.tenant, to.source = now.tenant, d // prove the login as given
-	if err := c.tn.proveLogin(ctx, to); err != nil {
+	if err := c.openPlace(ctx, to); err != nil {
 		return fail(err)
+	}
+	if now.tenant.State != StateActive { // the place was opened to be proved
+		defer func() { err = errors.Join(err, fencePlace(context.WithoutCancel(ctx), to)) }()
 	}
 	return c.write(ctx, op, id, func(tx pgx.Tx) error {
 		state, err := lockRow(ctx, tx, id)
@@ -531,15 +536,7 @@ func (c *Catalog) reopen(ctx context.Context, op string, id ID, from ...State) e
 	case s == StatePurged || s == StateDeleted && op == "resume":
 		return fail(ErrTenantGone)
 	}
-	conn, err := p.provisionerConn(ctx)
-	if err != nil {
-		return fail(err)
-	}
-	defer closeConn(conn)
-	if err := execDDL(ctx, conn, "ALTER ROLE "+ident.Quote(p.source.User)+" LOGIN"); err != nil {
-		return fail(err)
-	}
-	if err := c.tn.proveLogin(ctx, p); err != nil {
+	if err := c.openPlace(ctx, p); err != nil {
 		return fail(err)
 	}
 	return c.write(ctx, op, id, func(tx pgx.Tx) error {
@@ -552,6 +549,19 @@ func (c *Catalog) reopen(ctx context.Context, op string, id ID, from ...State) e
 		}
 		return changed(ctx, tx, "tenant", id, "")
 	})
+}
+
+// openPlace lets the place's login in again after a fence, and proves it.
+func (c *Catalog) openPlace(ctx context.Context, p *place) error {
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	if err := execDDL(ctx, conn, "ALTER ROLE "+ident.Quote(p.source.User)+" LOGIN"); err != nil {
+		return err
+	}
+	return c.tn.proveLogin(ctx, p)
 }
 
 // Receipt says what Purge dropped.

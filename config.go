@@ -23,8 +23,8 @@ type Config struct {
 	// PrimaryURL is the primary database with the catalog login that Init made:
 	// postgres://user:password@host:port/database. Required.
 	PrimaryURL string
-	// ListenURL is a direct way to the same database for LISTEN, for when PrimaryURL is a
-	// pooler that loses notifications. Default: PrimaryURL.
+	// ListenURL is a direct way to the same database, for what needs a session of its own
+	// (notifications, locks, migrations of the primary), when PrimaryURL is a pooler. Default: PrimaryURL.
 	ListenURL string
 	// HostURL is the host's own database, reached through Tenancy.Host. Default: none.
 	HostURL string

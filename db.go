@@ -3,6 +3,7 @@ package tenancy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -21,7 +22,8 @@ import (
 // primary [ErrTenantMismatch], and a tenant that is not served now one of [ErrTenantSuspended],
 // [ErrTenantMaintenance], [ErrTenantGone], [ErrTenantNotReady] and [ErrTenantNotFound], whatever it
 // was when the context was made. When the primary has been silent for too long the error is
-// [ErrPrimaryUnavailable]; a connection that is not the tenant's is [ErrIdentity] or [ErrPooler];
+// [ErrPrimaryUnavailable], and when the tenant's own server cannot be reached
+// [ErrTenantUnavailable]; a connection that is not the tenant's is [ErrIdentity] or [ErrPooler];
 // after [Tenancy.Close] it is [ErrClosed]. Errors of a statement are those of pgx.
 //
 // Cancelling a call's ctx ends its wait for a connection, or breaks the connection that runs its
@@ -220,7 +222,7 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 		c, err = db.tn.acquire(ctx, r)
 	}
 	if err != nil {
-		return checkout{}, checkoutFailure(op, r.tenant, err)
+		return checkout{}, db.tn.checkoutFailure(op, r.tenant, err)
 	}
 	return c, nil
 }
@@ -256,14 +258,22 @@ func (db *TenantAwareDB) checkoutHost(ctx context.Context, op string) (checkout,
 	return checkout{conn: conn}, nil
 }
 
-func checkoutFailure(op string, t Tenant, err error) error {
+func (tn *Tenancy) checkoutFailure(op string, t Tenant, err error) error {
 	if e, ok := err.(*Error); ok {
 		return e // the look-up's own, with its RetryAfter
 	}
-	if errors.Is(err, lease.ErrClosed) {
-		err = ErrClosed
+	e := &Error{Op: op, Tenant: t.ID, Name: t.Name, Err: err}
+	_, connecting := errors.AsType[*connectFailure](err)
+	switch {
+	case errors.Is(err, lease.ErrClosed):
+		e.Err = ErrClosed
+	case errors.Is(err, ErrIdentity), errors.Is(err, ErrPooler):
+		// Nothing was read over it. Whoever is on call should still hear of it from more than one request's error.
+		tn.cfg.Logger.Error("tenancy: a connection was refused because it is not its tenant's", "tenant", t.ID, "name", t.Name, "error", err)
+	case connecting && !errors.Is(err, context.Canceled):
+		e.Err, e.RetryAfter = fmt.Errorf("%w: %w", ErrTenantUnavailable, err), time.Second
 	}
-	return &Error{Op: op, Tenant: t.ID, Name: t.Name, Err: err}
+	return e
 }
 
 // release gives the connection and the lease back, once.

@@ -30,6 +30,8 @@ var (
 	ErrTenantGone = errors.New("tenancy: tenant was deleted")
 	// ErrTenantNotReady: the tenant is still being provisioned.
 	ErrTenantNotReady = errors.New("tenancy: tenant is being provisioned")
+	// ErrTenantUnavailable: the tenant's own database could not be reached. Other tenants are not concerned.
+	ErrTenantUnavailable = errors.New("tenancy: the tenant's database is unavailable")
 	// ErrForbidden: the user does not belong to the tenant; also when there is no such tenant, so that the two cannot be told apart.
 	ErrForbidden = errors.New("tenancy: not a member")
 	// ErrAmbiguousTenant: the user belongs to several tenants, none is the default and the request names none.

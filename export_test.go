@@ -16,3 +16,6 @@ func CheckCron(spec string) error {
 	_, err := parseCron(spec)
 	return err
 }
+
+// SchemaLockForTest is the advisory lock that a migration of the schema takes.
+func SchemaLockForTest(schema string) int64 { return schemaLock{schema}.id() }

@@ -95,6 +95,9 @@ func Init(ctx context.Context, admin AdminConfig) error {
 	if catalog.User == server.User {
 		return invalid(errors.New("AdminConfig: the catalog login and the provisioner must not be one"))
 	}
+	if admin.AdminURL == "" { // pgx would take the environment's, or the nearest server
+		return invalid(errors.New("AdminConfig.AdminURL is required"))
+	}
 	if admin.Keys.IsZero() {
 		return invalid(errors.New("AdminConfig.Keys is required"))
 	}
@@ -202,7 +205,9 @@ func initTenants(ctx context.Context, adminURL string, d DataSource, extensions 
 		}
 		steps = append(steps, "REVOKE ALL ON SCHEMA "+schema+" FROM PUBLIC", "GRANT USAGE ON SCHEMA "+schema+" TO "+group)
 	}
-	steps = append(steps, "ALTER DEFAULT PRIVILEGES FOR ROLE "+provisioner+" IN SCHEMA "+refSchema+" GRANT SELECT ON TABLES TO "+group)
+	// To PUBLIC, which USAGE of the schema narrows down to the tenants: a default privilege of the group
+	// is gone after DROP OWNED BY group, which PostgreSQL allows to each of its members.
+	steps = append(steps, "ALTER DEFAULT PRIVILEGES FOR ROLE "+provisioner+" IN SCHEMA "+refSchema+" GRANT SELECT ON TABLES TO PUBLIC")
 	for _, extension := range extensions {
 		steps = append(steps, "CREATE EXTENSION IF NOT EXISTS "+ident.Quote(extension)+" SCHEMA "+extSchema)
 	}
@@ -342,19 +347,32 @@ func verifyServer(ctx context.Context, d DataSource, extensions bool) error {
 		{`NOT has_schema_privilege('public', 'public', 'CREATE')`,
 			"every role may create in schema public of the tenants' database",
 			"REVOKE ALL ON SCHEMA public FROM PUBLIC; -- in database " + database},
-		{fmt.Sprintf(`SELECT count(*) = 1 FROM pg_roles r WHERE rolname = %[1]s AND pg_has_role(current_user, r.oid, 'MEMBER WITH ADMIN OPTION') AND has_database_privilege(r.oid, current_database(), 'CONNECT')`, ident.Literal(group)),
-			fmt.Sprintf("the role %q of all tenants is missing, may not connect, or the provisioner may not grant it", group),
-			fmt.Sprintf("CREATE ROLE %[1]s NOLOGIN; GRANT CONNECT, TEMPORARY ON DATABASE %[2]s TO %[1]s; GRANT %[1]s TO %[3]s WITH ADMIN OPTION;", ident.Quote(group), database, login)},
+		{fmt.Sprintf(`SELECT count(*) = 1 FROM pg_roles WHERE rolname = %s`, ident.Literal(group)),
+			fmt.Sprintf("the role %q of all tenants is missing", group),
+			fmt.Sprintf("CREATE ROLE %s NOLOGIN;", ident.Quote(group))},
+		{fmt.Sprintf(`SELECT has_database_privilege(oid, current_database(), 'CONNECT') FROM pg_roles WHERE rolname = %s`, ident.Literal(group)),
+			fmt.Sprintf("the role %q of all tenants may not connect to the tenants' database %q", group, d.Database),
+			fmt.Sprintf("GRANT CONNECT, TEMPORARY ON DATABASE %s TO %s;", database, ident.Quote(group))},
+		{fmt.Sprintf(`SELECT pg_has_role(current_user, oid, 'MEMBER WITH ADMIN OPTION') FROM pg_roles WHERE rolname = %s`, ident.Literal(group)),
+			fmt.Sprintf("the provisioner %q may not grant the role %q of all tenants", d.User, group),
+			fmt.Sprintf("GRANT %s TO %s WITH ADMIN OPTION;", ident.Quote(group), login)},
 	}
 	for _, schema := range []string{extSchema, refSchema} {
 		if schema == extSchema && !extensions {
 			continue
 		}
-		checks = append(checks, check{
-			fmt.Sprintf(`SELECT count(*) = 1 FROM pg_namespace n JOIN pg_roles r ON r.rolname = %s WHERE nspname = %s AND has_schema_privilege(r.oid, n.oid, 'USAGE') AND NOT has_schema_privilege(r.oid, n.oid, 'CREATE')`, ident.Literal(group), ident.Literal(schema)),
-			fmt.Sprintf("schema %s is missing in %q, or tenants may not use it, or may create in it", schema, d.Database),
-			fmt.Sprintf("CREATE SCHEMA %[1]s AUTHORIZATION %[2]s; REVOKE ALL ON SCHEMA %[1]s FROM PUBLIC, %[3]s; GRANT USAGE ON SCHEMA %[1]s TO %[3]s; -- in database %[4]s", schema, login, ident.Quote(group), database),
-		})
+		of := `SELECT %s FROM pg_namespace n JOIN pg_roles r ON r.rolname = ` + ident.Literal(group) + ` WHERE nspname = ` + ident.Literal(schema)
+		checks = append(checks,
+			check{fmt.Sprintf(`to_regnamespace(%s) IS NOT NULL`, ident.Literal(schema)),
+				fmt.Sprintf("schema %s is missing in %q", schema, d.Database),
+				fmt.Sprintf("CREATE SCHEMA %s AUTHORIZATION %s; -- in database %s", schema, login, database)},
+			check{fmt.Sprintf(of, `has_schema_privilege(r.oid, n.oid, 'USAGE')`),
+				fmt.Sprintf("tenants may not use schema %s of %q", schema, d.Database),
+				fmt.Sprintf("GRANT USAGE ON SCHEMA %s TO %s; -- in database %s", schema, ident.Quote(group), database)},
+			check{fmt.Sprintf(of, `NOT has_schema_privilege(r.oid, n.oid, 'CREATE')`),
+				fmt.Sprintf("tenants may create in schema %s of %q", schema, d.Database),
+				fmt.Sprintf("REVOKE CREATE ON SCHEMA %s FROM PUBLIC, %s; -- in database %s", schema, ident.Quote(group), database)},
+		)
 	}
 	return ask(ctx, conn, slices.Clip(checks))
 }

@@ -101,6 +101,16 @@ func connectTo(tb testing.TB, d tenancy.DataSource) (*pgx.Conn, error) {
 	return conn, err
 }
 
+func connectURL(tb testing.TB, url string) *pgx.Conn {
+	tb.Helper()
+	conn, err := pgx.Connect(tb.Context(), url)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = conn.Close(context.Background()) })
+	return conn
+}
+
 // must runs a statement that has to succeed.
 func must(tb testing.TB, conn *pgx.Conn, sql string, args ...any) {
 	tb.Helper()

@@ -3,6 +3,7 @@ package tenancy
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -15,6 +16,7 @@ import (
 	"github.com/msmt-go/tenancy/internal/ident"
 	"github.com/pressly/goose/v3"
 	"github.com/pressly/goose/v3/database"
+	"github.com/pressly/goose/v3/lock"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -204,9 +206,13 @@ func newRun(db *sql.DB, schema string, m migrations) (*run, error) {
 		}
 		code = append(code, goose.NewGoMigration(g.Version, up, down))
 	}
+	var locker lock.SessionLocker = schemaLock{schema}
+	if m.reader != "" {
+		locker = &ownerLock{db: db, table: ident.Quote(schema, markerTable)}
+	}
 	provider, err := goose.NewProvider("", db, m.files,
 		goose.WithStore(store),
-		goose.WithSessionLocker(schemaLock{schema}),
+		goose.WithSessionLocker(locker),
 		goose.WithGoMigrations(code...),
 		goose.WithDisableGlobalRegistry(true),
 	)
@@ -282,6 +288,33 @@ func (s *versionStore) CreateVersionTable(ctx context.Context, db database.DBTxC
 		if _, err := db.ExecContext(ctx, sql); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// ownerLock keeps two runs off one tenant's schema. Advisory locks are one space for all who may
+// connect, so that any tenant could hold up another's migration; this one is on the marker,
+// where no tenant's login may take a lock that stands against it.
+type ownerLock struct {
+	db    *sql.DB
+	table string
+	tx    *sql.Tx // holds the lock, on a connection of its own: goose needs its one free of transactions
+}
+
+func (l *ownerLock) SessionLock(ctx context.Context, _ *sql.Conn) (err error) {
+	// The lock outlives a cancelled ctx until SessionUnlock, which goose calls with one of its own.
+	if l.tx, err = l.db.BeginTx(context.WithoutCancel(ctx), nil); err != nil {
+		return err
+	}
+	if _, err = l.tx.ExecContext(ctx, "LOCK TABLE "+l.table+" IN SHARE UPDATE EXCLUSIVE MODE"); err != nil {
+		return errors.Join(err, l.SessionUnlock(ctx, nil))
+	}
+	return nil
+}
+
+func (l *ownerLock) SessionUnlock(context.Context, *sql.Conn) error {
+	if err := l.tx.Rollback(); err != nil && !errors.Is(err, sql.ErrTxDone) && !errors.Is(err, driver.ErrBadConn) {
+		return err
 	}
 	return nil
 }

@@ -17,9 +17,10 @@ import (
 
 // primaryDB is the primary database with the catalog login: the pool, the realm and the keys.
 type primaryDB struct {
-	pool  *pgxpool.Pool
-	keys  Keyring
-	realm realm
+	pool   *pgxpool.Pool
+	direct *pgx.ConnConfig // past any pooler
+	keys   Keyring
+	realm  realm
 }
 
 // querier is what a pool, a connection and a transaction have in common.
@@ -38,14 +39,18 @@ func openPrimary(ctx context.Context, cfg Config) (*primaryDB, error) {
 	pc.MaxConns = cfg.Limits.PrimaryConns
 	pc.MaxConnLifetime, pc.MaxConnLifetimeJitter = time.Hour, 10*time.Minute
 	pc.PingTimeout = 2 * time.Second
-	if err := preparePrimary(ctx, cfg, pc.ConnConfig); err != nil {
+	direct, err := primaryConfig(cfg.ListenURL, cfg.Limits.ConnectTimeout)
+	if err != nil {
+		return nil, fmt.Errorf("Config.ListenURL: %w", err)
+	}
+	if err := preparePrimary(ctx, cfg, direct.ConnConfig); err != nil {
 		return nil, err
 	}
 	pool, err := pgxpool.NewWithConfig(ctx, pc)
 	if err != nil {
 		return nil, unavailable("open the primary", err)
 	}
-	p := &primaryDB{pool: pool, keys: cfg.Keys}
+	p := &primaryDB{pool: pool, direct: direct.ConnConfig, keys: cfg.Keys}
 	if err := p.checkRealm(ctx); err != nil {
 		pool.Close()
 		return nil, err
@@ -245,7 +250,7 @@ func audit(ctx context.Context, tx pgx.Tx, action string, tenant ID, detail map[
 // The lock is held by a connection of its own: it ends with the process, however that ends, and
 // no tenant can hold it, because tenants cannot connect to the primary.
 func (p *primaryDB) lockTenant(ctx context.Context, id ID) (release func(), err error) {
-	conn, err := pgx.ConnectConfig(ctx, p.pool.Config().ConnConfig)
+	conn, err := pgx.ConnectConfig(ctx, p.direct)
 	if err != nil {
 		return nil, unavailable("lock", err)
 	}

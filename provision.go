@@ -322,7 +322,7 @@ func (c *Catalog) migrateAs(ctx context.Context, cc *pgx.ConnConfig, p *place) (
 	m.reader = p.runtime
 	db := stdlib.OpenDB(*cc)
 	defer db.Close()
-	db.SetMaxOpenConns(2) // goose holds one for its lock
+	db.SetMaxOpenConns(3) // goose holds one, its lock another
 	r, err := newRun(db, p.source.Schema, m)
 	if err != nil {
 		return nil, err

@@ -1,3 +1,57 @@
+// Package tenancy gives a web service on PostgreSQL one schema and one login per customer, and
+// runs every query in the caller's own, while the service's code stays as it was.
+//
+// A query for tenant A never reads or writes tenant B's rows, not even through injected SQL:
+// the server refuses it, because each tenant's connections are logged in as that tenant. A context without a
+// tenant is an error, never a default. What tenants still share is the machine: processor, disk,
+// the server's locks and its catalog of names (docs/guarantees.md has the whole list).
+//
+// The smallest program:
+//
+//	//go:embed migrations/*.sql
+//	var migrations embed.FS
+//
+//	func main() {
+//		cfg, err := tenancy.FromEnv() // TENANCY_PRIMARY_URL, TENANCY_KEYS
+//		if err != nil {
+//			log.Fatal(err)
+//		}
+//		cfg.Migrations = migrations
+//		tn, err := tenancy.Open(context.Background(), cfg)
+//		if err != nil {
+//			log.Fatal(err)
+//		}
+//		defer tn.Close()
+//		mw, err := tenantmw.New(tn, tenantmw.UserKeyFunc(userOfRequest))
+//		if err != nil {
+//			log.Fatal(err)
+//		}
+//		r := chi.NewRouter()
+//		r.Use(authenticate, mw.Tenant)
+//		r.Get("/notes", func(w http.ResponseWriter, r *http.Request) {
+//			rows, err := tn.DB().Query(r.Context(), "SELECT id, title FROM notes")
+//			...
+//		})
+//		log.Fatal(http.ListenAndServe(":8080", r))
+//	}
+//
+// # The nouns, in the order of a request
+//
+// [Init] sets up databases and logins once; [Open] gives a [Tenancy]. Its [Catalog] creates tenants
+// and members. [Tenancy.Resolve] (the middleware calls it) turns a [UserKey] and [Hint] values into a
+// [Session] on the context. [TenantAwareDB] runs a call on the pool of the context's [Tenant]. [Registry] and [Cache]
+// keep the service's own values per tenant. [Migrator] brings tenants' schemas up to date.
+//
+// # Concurrency and ends
+//
+// Everything but configuration values is safe for concurrent use, by several nodes too. [Open] starts
+// goroutines; [Tenancy.Close] and [Tenancy.Shutdown] end them, the pools and the registries. Cancelling the ctx of a
+// call ends that call's wait and never what others share.
+//
+// # Errors
+//
+// Errors match the sentinels of this package with errors.Is, from [ErrNoTenant] to [ErrClosed]; an [*Error] carries
+// operation, tenant and time to retry. No error, log line or printed value holds a password or key.
 package tenancy
 
 import (
@@ -54,10 +108,6 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 	if err != nil {
 		return nil, err
 	}
-	listen, err := primaryConfig(cfg.ListenURL, cfg.Limits.ConnectTimeout)
-	if err != nil {
-		return nil, fmt.Errorf("Config.ListenURL: %w", err)
-	}
 	primary, err := openPrimary(ctx, cfg)
 	if err != nil {
 		return nil, err
@@ -65,8 +115,7 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 	tn := &Tenancy{cfg: cfg, realm: primary.realm, primary: primary, migrations: m, provisions: make(chan struct{}, cfg.Limits.Provisions)}
 	tn.catalog = &Catalog{tn}
 	tn.db, tn.host = &TenantAwareDB{tn: tn}, &TenantAwareDB{tn: tn, host: true}
-	listen.ConnConfig.RuntimeParams["application_name"] = "tenancy feed"
-	tn.feed = newFeed(tn, listen.ConnConfig)
+	tn.feed = newFeed(tn)
 	if err := tn.start(ctx); err != nil {
 		tn.cfg.DrainTimeout = 0
 		return nil, errors.Join(err, tn.Close())

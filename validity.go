@@ -54,8 +54,10 @@ const (
 	validityBudget = 5 * time.Minute
 )
 
-func newFeed(tn *Tenancy, listen *pgx.ConnConfig) *feed {
+func newFeed(tn *Tenancy) *feed {
 	host, _ := os.Hostname()
+	listen := tn.primary.direct.Copy()
+	listen.RuntimeParams["application_name"] = "tenancy feed"
 	ctx, stop := context.WithCancel(context.Background())
 	return &feed{tn: tn, log: tn.cfg.Logger, listen: listen, node: newUID(), name: fmt.Sprintf("%s/%d", host, os.Getpid()),
 		wake: make(chan struct{}, 1), ctx: ctx, stop: stop}
@@ -394,7 +396,7 @@ func (f *feed) check(ctx context.Context) error {
 	if _, err := pool.Exec(ctx, `DELETE FROM tenancy.nodes WHERE seen < now() - interval '1 hour'`); err != nil {
 		return unavailable("validity", err)
 	}
-	return f.tn.catalog.finishFences(ctx)
+	return errors.Join(f.tn.catalog.finishFences(ctx), f.tn.catalog.dropUnfinishedPlaces(ctx))
 }
 
 // finishFences fences the tenants whose fence was cut off by a crash.
@@ -429,6 +431,29 @@ func (c *Catalog) finishFence(ctx context.Context, id ID) error {
 		}
 	}
 	return nil
+}
+
+// dropUnfinishedPlaces removes what a Prepare that died has left. A place that belongs to a tenant is its Create's to finish.
+func (c *Catalog) dropUnfinishedPlaces(ctx context.Context) error {
+	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT d.id FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
+		WHERE d.state = 'intent' AND s.provisioner IS NOT NULL AND d.updated < now() - interval '1 hour'
+		AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id) LIMIT 100`)
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[int64])
+	if err != nil {
+		return unavailable("validity", err)
+	}
+	var errs []error
+	for _, id := range ids {
+		p, err := c.placeByID(ctx, id)
+		if err == nil {
+			err = dropPlace(ctx, p, &Receipt{})
+		}
+		if err == nil {
+			_, err = c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'dropped', sealed = '', updated = now() WHERE id = $1 AND state = 'intent'`, id)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // parseCron reads a schedule. The parser panics on some zone prefixes and accepts schedules that never fire, so both are refused here.

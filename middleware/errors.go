@@ -35,6 +35,8 @@ type answer struct {
 var answers = []answer{
 	{class: tenancy.ErrPrimaryUnavailable, status: http.StatusServiceUnavailable, name: "unavailable",
 		detail: "The service cannot look the tenant up at the moment.", retry: 2 * time.Second},
+	{class: tenancy.ErrTenantUnavailable, status: http.StatusServiceUnavailable, name: "tenant-unavailable",
+		detail: "The tenant's database cannot be reached at the moment.", retry: time.Second, members: true},
 	{class: tenancy.ErrClosed, status: http.StatusServiceUnavailable, name: "unavailable",
 		detail: "This node is shutting down.", retry: time.Second},
 	{class: context.Canceled, status: http.StatusServiceUnavailable, name: "unavailable",

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -18,7 +19,15 @@ import (
 	"github.com/msmt-go/tenancy/tenancytest"
 )
 
-func TestMain(m *testing.M) { tenancytest.Main(m) }
+func TestMain(m *testing.M) {
+	// This repository's own tests may fetch a PostgreSQL; those of its users ask first.
+	if os.Getenv("TENANCY_PG_DOWNLOAD") == "" {
+		if err := os.Setenv("TENANCY_PG_DOWNLOAD", "on"); err != nil {
+			panic(err)
+		}
+	}
+	tenancytest.Main(m)
+}
 
 var (
 	silent     = slog.New(slog.DiscardHandler)

@@ -24,7 +24,6 @@
 package middleware
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -181,5 +180,5 @@ func (m *Middleware) Error(w http.ResponseWriter, r *http.Request, err error) {
 }
 
 func invalid(format string, args ...any) error {
-	return fmt.Errorf("%w: middleware.New: %w", tenancy.ErrInvalid, errors.New(fmt.Sprintf(format, args...)))
+	return fmt.Errorf("%w: middleware.New: %s", tenancy.ErrInvalid, fmt.Sprintf(format, args...))
 }

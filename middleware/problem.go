@@ -33,7 +33,7 @@ type Problem struct {
 //	421  [tenancy.ErrNotServed]
 //	400  [tenancy.ErrInvalid]
 //	503  [tenancy.ErrTenantMaintenance], [tenancy.ErrTenantNotReady], [tenancy.ErrPrimaryUnavailable],
-//	     [tenancy.ErrClosed], a deadline: with Retry-After
+//	     [tenancy.ErrTenantUnavailable], [tenancy.ErrClosed], a deadline: with Retry-After
 //	499  the caller hung up
 //	500  everything else, such as [tenancy.ErrNoTenant]: the route lacks [Middleware.Tenant]
 func ProblemOf(r *http.Request, err error) Problem {

@@ -35,8 +35,8 @@ type database struct {
 
 // openDatabase sets the library up on the administrator's server, or, with "", on one that lives as long
 // as this program, however that ends.
-func openDatabase(ctx context.Context, adminURL string) (db *database, err error) {
-	db = &database{stop: func() error { return nil }}
+func openDatabase(ctx context.Context, adminURL string) (*database, error) {
+	db := &database{stop: func() error { return nil }}
 	if adminURL == "" {
 		server, err := pgembed.Start(ctx, pgembed.Options{Download: true})
 		if err != nil {
@@ -45,21 +45,23 @@ func openDatabase(ctx context.Context, adminURL string) (db *database, err error
 		db.stop = server.Stop
 		adminURL, db.throwAway = server.URL(), !server.External()
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, db.stop())
-		}
-	}()
+	if err := db.setUp(ctx, adminURL); err != nil {
+		return nil, errors.Join(err, db.stop())
+	}
+	return db, nil
+}
+
+func (db *database) setUp(ctx context.Context, adminURL string) (err error) {
 	if db.keyText, err = keyText(db.throwAway); err != nil {
-		return nil, err
+		return err
 	}
 	if db.keys, err = tenancy.ParseKeyring(db.keyText); err != nil {
-		return nil, fmt.Errorf("%w: TENANCY_KEYS: %w", errUsage, err)
+		return fmt.Errorf("%w: TENANCY_KEYS: %w", errUsage, err)
 	}
 	admin, err := url.Parse(adminURL)
 	if err != nil || admin.Scheme != "postgres" && admin.Scheme != "postgresql" || admin.Host == "" {
 		// The parser's own error repeats the URL, and with it the password.
-		return nil, fmt.Errorf("%w: -database must be postgres://user:password@host:port/database", errUsage)
+		return fmt.Errorf("%w: -database must be postgres://user:password@host:port/database", errUsage)
 	}
 	db.primaryURL = loginURL(admin, db.keyText, "quickstart_catalog", primaryDatabase)
 	tenants := beside(admin, tenantsDatabase)
@@ -67,7 +69,7 @@ func openDatabase(ctx context.Context, adminURL string) (db *database, err error
 		tenants.User = url.User(tenants.User.Username())
 	}
 	db.psqlURL = tenants.String()
-	return db, tenancy.Init(ctx, tenancy.AdminConfig{
+	return tenancy.Init(ctx, tenancy.AdminConfig{
 		AdminURL:   adminURL,
 		PrimaryURL: db.primaryURL,
 		Server:     tenancy.ServerConfig{URL: loginURL(admin, db.keyText, "quickstart_provisioner", tenantsDatabase)},

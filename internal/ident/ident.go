@@ -71,12 +71,23 @@ func UserKey(s string) error {
 		return errors.New("user key must not be empty")
 	case len(s) > maxUserKey:
 		return fmt.Errorf("user key must be at most %d bytes", maxUserKey)
+	case printableASCII(s): // nearly all; every request passes here
+		return nil
 	case !utf8.ValidString(s):
 		return errors.New("user key must be valid UTF-8")
 	case strings.ContainsFunc(s, unicode.IsControl):
 		return errors.New("user key must not contain control characters")
 	}
 	return nil
+}
+
+func printableASCII(s string) bool {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] > '~' {
+			return false
+		}
+	}
+	return true
 }
 
 // Domain returns the canonical form of a host name: ASCII letters in lower case, one trailing dot

@@ -1,0 +1,330 @@
+//go:build unix
+
+package main_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/msmt-go/tenancy"
+	"github.com/msmt-go/tenancy/internal/pgembed"
+)
+
+var binary string
+
+func TestMain(m *testing.M) {
+	// These tests are about servers of the program's own, and it is told what it gets.
+	os.Unsetenv("TENANCY_TEST_URL")
+	os.Unsetenv("TENANCY_KEYS")
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "quickstart-test-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	binary = filepath.Join(dir, "quickstart")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "go build: %v\n%s", err, out)
+		return 1
+	}
+	return m.Run()
+}
+
+// program is a running quickstart, looked at from outside.
+type program struct {
+	cmd    *exec.Cmd
+	base   string   // http://127.0.0.1:port
+	lines  []string // printed up to the last hint
+	stderr *bytes.Buffer
+}
+
+func start(t *testing.T, env []string, args ...string) *program {
+	t.Helper()
+	addr := freeAddress(t)
+	p := &program{base: "http://" + addr, stderr: new(bytes.Buffer)}
+	p.cmd = exec.Command(binary, append([]string{"-addr", addr}, args...)...)
+	p.cmd.Env = append(os.Environ(), env...)
+	p.cmd.Stderr = p.stderr
+	out, err := p.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.cmd.Process.Kill(); p.cmd.Wait() })
+	for s := bufio.NewScanner(out); s.Scan(); {
+		p.lines = append(p.lines, s.Text())
+		if strings.Contains(s.Text(), "psql ") {
+			go io.Copy(io.Discard, out)
+			return p
+		}
+	}
+	p.cmd.Wait()
+	t.Fatalf("the program ended: %s", p.stderr)
+	return nil
+}
+
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+type answer struct {
+	status int
+	header http.Header
+	body   string
+}
+
+func (p *program) do(t *testing.T, method, path, user, password, body string) answer {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, p.base+path, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if user != "" {
+		req.SetBasicAuth(user, password)
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer{res.StatusCode, res.Header, string(text)}
+}
+
+func (p *program) get(t *testing.T, path, user string) answer {
+	t.Helper()
+	return p.do(t, "GET", path, user, "demo", "")
+}
+
+func TestContract(t *testing.T) {
+	t.Parallel()
+	p := start(t, nil)
+	const alice, bob = "alice@acme.test", "bob@globex.test"
+
+	if !slices.Contains(p.lines, "pid "+strconv.Itoa(p.cmd.Process.Pid)) || !slices.Contains(p.lines, "listening on "+p.base) {
+		t.Errorf("pid or address is not told: %q", p.lines)
+	}
+	if n := strings.Count(strings.Join(p.lines, "\n"), "curl "); n != 3 {
+		t.Errorf("got %d curl lines, want 3: %q", n, p.lines)
+	}
+
+	wantJSON(t, p.get(t, "/notes", alice), 200, `[]`)
+	wantJSON(t, p.do(t, "POST", "/notes", alice, "demo", `{"title":"of acme"}`), 201, `{"id":1,"title":"of acme"}`)
+	wantJSON(t, p.do(t, "POST", "/notes", bob, "demo", `{"title":"of globex"}`), 201, `{"id":1,"title":"of globex"}`)
+	wantJSON(t, p.get(t, "/notes", alice), 200, `[{"id":1,"title":"of acme"}]`)
+	wantJSON(t, p.get(t, "/notes", bob), 200, `[{"id":1,"title":"of globex"}]`)
+	wantJSON(t, p.get(t, "/whoami", alice), 200, `{"user":"alice@acme.test","tenant":"acme"}`)
+	wantJSON(t, p.get(t, "/whoami", "Bob@Globex.test"), 200, `{"user":"bob@globex.test","tenant":"globex"}`)
+
+	for name, a := range map[string]answer{
+		"no credentials": p.get(t, "/notes", ""),
+		"wrong password": p.do(t, "GET", "/notes", alice, "guess", ""),
+		"no user":        p.do(t, "GET", "/notes", ":", "", ""),
+	} {
+		wantProblem(t, name, a, 401)
+		if !strings.HasPrefix(a.header.Get("WWW-Authenticate"), "Basic ") {
+			t.Errorf("%s: WWW-Authenticate is %q", name, a.header.Get("WWW-Authenticate"))
+		}
+	}
+	wantProblem(t, "no tenant", p.get(t, "/notes", "eve@nowhere.test"), 403)
+	for name, body := range map[string]string{
+		"no JSON": `title`, "cut": `{"title":"x"`, "two": `{"title":"x"}{}`, "array": `[]`, "null": `null`, "number": `{"title":1}`,
+		"no title": `{}`, "empty": `{"title":""}`, "blank": `{"title":" \n"}`, "NUL": `{"title":"a\u0000b"}`, "nothing": ``,
+	} {
+		wantProblem(t, name, p.do(t, "POST", "/notes", alice, "demo", body), 400)
+	}
+	wantProblem(t, "too large", p.do(t, "POST", "/notes", alice, "demo", `{"title":"`+strings.Repeat("x", 1<<20)+`"}`), 413)
+	const quote = `{"title":"'); DROP TABLE notes; -- <b>\"é"}`
+	if a := p.do(t, "POST", "/notes", alice, "demo", quote); a.status != 201 {
+		t.Errorf("a title is a title: %+v", a)
+	}
+	wantJSON(t, p.get(t, "/notes", bob), 200, `[{"id":1,"title":"of globex"}]`)
+}
+
+func TestNothingIsLeftBehind(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name   string
+		signal syscall.Signal
+	}{{"ctrl_c", syscall.SIGINT}, {"terminated", syscall.SIGTERM}, {"kill_9", syscall.SIGKILL}} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			p := start(t, nil)
+			postmaster, folder := p.server(t)
+			p.get(t, "/notes", "alice@acme.test") // a pool is open
+			if err := p.cmd.Process.Signal(c.signal); err != nil {
+				t.Fatal(err)
+			}
+			if err := p.cmd.Wait(); err != nil && c.signal != syscall.SIGKILL {
+				t.Errorf("the program ended with %v: %s", err, p.stderr)
+			}
+			wait := 10 * time.Second
+			if c.signal != syscall.SIGKILL {
+				wait = 0 // it has waited itself
+			}
+			wantGone(t, postmaster, folder, wait)
+		})
+	}
+}
+
+// server asks the throw-away server itself where it lives, on the way that the printed psql line names.
+func (p *program) server(t *testing.T) (postmaster int, folder string) {
+	t.Helper()
+	url := regexp.MustCompile(`postgres://[^']+`).FindString(p.lines[len(p.lines)-1])
+	conn, err := pgx.Connect(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	err = conn.QueryRow(t.Context(), `SELECT split_part(pg_read_file('postmaster.pid'), E'\n', 1)::int, current_setting('data_directory')`).Scan(&postmaster, &folder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	folder = regexp.MustCompile(`^.*/tenancy-pg-[^/]+`).FindString(folder)
+	if folder == "" {
+		t.Fatal("the data directory is not in a server's folder")
+	}
+	return postmaster, folder
+}
+
+// wantGone looks at the process, at every process that names the folder, and at the folder.
+func wantGone(t *testing.T, postmaster int, folder string, wait time.Duration) {
+	t.Helper()
+	for end := time.Now().Add(wait); ; time.Sleep(20 * time.Millisecond) {
+		out, err := exec.Command("ps", "-A", "-o", "pid=,stat=,args=").Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var left []string
+		for line := range strings.Lines(string(out)) {
+			f := strings.Fields(line)
+			if len(f) > 1 && !strings.HasPrefix(f[1], "Z") && (f[0] == strconv.Itoa(postmaster) || strings.Contains(line, folder)) {
+				left = append(left, line)
+			}
+		}
+		_, err = os.Stat(folder)
+		if len(left) == 0 && errors.Is(err, fs.ErrNotExist) {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("left behind: %q, folder %s (%v)", left, folder, err)
+		}
+	}
+}
+
+func TestGivenDatabaseKeepsNotesFromStartToStart(t *testing.T) {
+	t.Parallel()
+	given, err := pgembed.Start(t.Context(), pgembed.Options{Download: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := given.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	server := given.URL()
+	key, err := tenancy.NewKey("main")
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := []string{"TENANCY_KEYS=" + key}
+	p := start(t, env, "-database", server)
+	wantJSON(t, p.do(t, "POST", "/notes", "alice@acme.test", "demo", `{"title":"kept"}`), 201, `{"id":1,"title":"kept"}`)
+	second := start(t, env, "-database", server) // beside the first one
+	for _, p := range []*program{p, second} {
+		wantJSON(t, p.get(t, "/notes", "alice@acme.test"), 200, `[{"id":1,"title":"kept"}]`)
+		wantJSON(t, p.get(t, "/notes", "bob@globex.test"), 200, `[]`)
+		if out := strings.Join(p.lines, "\n"); strings.Contains(out, key) || regexp.MustCompile(`postgres://[^/@]*:[^/@]*@`).MatchString(out) {
+			t.Errorf("a secret of a given server is printed: %s", out)
+		}
+	}
+	for _, c := range []struct {
+		name, keys, url, want string
+		code                  int
+	}{
+		{"no_key_tells_how_to_make_one", "", server, "openssl rand", 2},
+		{"bad_key", "main:passphrase", server, "TENANCY_KEYS", 2},
+		{"another_key_is_refused", "main:" + strings.Repeat("A", 42) + "E=", server, "Config.Keys", 1},
+		{"no_url", key, "canary secret", "-database", 2},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cmd := exec.Command(binary, "-addr", freeAddress(t), "-database", c.url)
+			cmd.Env = append(os.Environ(), "TENANCY_KEYS="+c.keys)
+			out, _ := cmd.CombinedOutput()
+			if cmd.ProcessState.ExitCode() != c.code || !strings.Contains(string(out), c.want) || strings.Contains(string(out), "canary") {
+				t.Errorf("got exit %d and %q, want %d and %q", cmd.ProcessState.ExitCode(), out, c.code, c.want)
+			}
+		})
+	}
+}
+
+func TestTakenAddressIsToldAtOnce(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	cmd := exec.Command(binary, "-addr", l.Addr().String())
+	out, _ := cmd.CombinedOutput()
+	if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), "address already in use") {
+		t.Errorf("got exit %d and %q", cmd.ProcessState.ExitCode(), out)
+	}
+}
+
+func wantJSON(t *testing.T, a answer, status int, body string) {
+	t.Helper()
+	if a.status != status || strings.TrimSpace(a.body) != body || a.header.Get("Content-Type") != "application/json" {
+		t.Errorf("got %d %s %q, want %d %q", a.status, a.header.Get("Content-Type"), a.body, status, body)
+	}
+}
+
+func wantProblem(t *testing.T, name string, a answer, status int) {
+	t.Helper()
+	var p struct {
+		Type, Title string
+		Status      int
+	}
+	err := json.Unmarshal([]byte(a.body), &p)
+	if err != nil || a.status != status || p.Status != status || p.Type == "" || p.Title == "" || a.header.Get("Content-Type") != "application/problem+json" {
+		t.Errorf("%s: got %d %s %q, want problem %d", name, a.status, a.header.Get("Content-Type"), a.body, status)
+	}
+}
