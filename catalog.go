@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"strings"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -14,7 +15,8 @@ import (
 
 // Catalog is the Go face of the primary, and the one place for every verb of a tenant's life.
 // It is safe for concurrent use, also by several nodes. Every write is one transaction of the
-// primary that numbers and announces the change; when a verb returns, this node has applied it.
+// primary that numbers and announces the change; when a verb returns, this node has applied it,
+// or, where it could not read the primary a second time, does so within PollPeriod.
 //
 // The catalog checks no permissions: whoever may call it may manage every tenant.
 type Catalog struct{ tn *Tenancy }
@@ -35,7 +37,7 @@ func (c *Catalog) tenant(ctx context.Context, where string, arg any) (Tenant, er
 	if errors.Is(err, pgx.ErrNoRows) {
 		return Tenant{}, ErrTenantNotFound
 	}
-	return t, unavailable("read tenant", err)
+	return t, refusal("read tenant", err)
 }
 
 // Filter chooses tenants. The zero Filter is all of them but the purged.
@@ -57,7 +59,7 @@ func (c *Catalog) Tenants(ctx context.Context, f Filter) iter.Seq2[Tenant, error
 				ORDER BY t.id LIMIT $4`, after, f.State, f.Prefix, page)
 			tenants, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (Tenant, error) { return p.scanTenant(row) })
 			if err != nil {
-				yield(Tenant{}, unavailable("list tenants", err))
+				yield(Tenant{}, refusal("list tenants", err))
 				return
 			}
 			for _, t := range tenants {
@@ -86,8 +88,7 @@ func (c *Catalog) DataSource(ctx context.Context, id ID) (DataSource, error) {
 
 // write runs fn in one transaction of the primary, then waits until this node has applied what it changed.
 func (c *Catalog) write(ctx context.Context, op string, id ID, fn func(tx pgx.Tx) error) error {
-	err := pgx.BeginFunc(ctx, c.tn.primary.pool, fn)
-	if err != nil {
+	if err := c.tn.primary.transact(ctx, fn); err != nil {
 		return &Error{Op: op, Tenant: id, Err: refusal(op, err)}
 	}
 	c.tn.feed.catchUp(ctx)
@@ -96,12 +97,25 @@ func (c *Catalog) write(ctx context.Context, op string, id ID, fn func(tx pgx.Tx
 
 // refusal keeps the errors that this package decided on, and calls all others what they are: the primary's.
 func refusal(op string, err error) error {
-	for _, class := range []error{ErrTenantNotFound, ErrTenantExists, ErrTenantGone, ErrUserLimit, ErrInvalid, ErrForbidden, ErrNoProvisioner, ErrTenantNotReady} {
+	for _, class := range []error{ErrTenantNotFound, ErrTenantExists, ErrTenantGone, ErrUserLimit, ErrInvalid, ErrForbidden, ErrNoProvisioner, ErrTenantNotReady, ErrInProgress} {
 		if errors.Is(err, class) {
 			return err
 		}
 	}
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok && strings.HasPrefix(pg.Code, "22") {
+		return hinted(ErrInvalid, "the primary cannot store a value: %s", pg.Message)
+	}
 	return unavailable(op, err)
+}
+
+// transact runs fn in a transaction, once more where the server chose it as a deadlock's victim: nothing of it remains then.
+func (p *primaryDB) transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
+	for try := 1; ; try++ {
+		err := pgx.BeginFunc(ctx, p.pool, fn)
+		if try == 3 || !isState(err, "40P01", "40001") {
+			return err
+		}
+	}
 }
 
 // isState reports whether err is the server's answer with that SQLSTATE.
@@ -130,6 +144,9 @@ func newUID() UID {
 func (c *Catalog) AddServer(ctx context.Context, s ServerConfig) error {
 	name, d, err := s.parse()
 	if err != nil {
+		return err
+	}
+	if err := c.tn.primary.sameProvisioner(ctx, d); err != nil {
 		return err
 	}
 	if err := verifyServer(ctx, d, c.tn.cfg.Extensions); err != nil {

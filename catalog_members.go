@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"strings"
+	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy/internal/ident"
@@ -27,8 +29,8 @@ func (m *Membership) check() error {
 	if m.Role != RoleMember && m.Role != RoleAdmin {
 		return invalid(fmt.Errorf("role: %q is neither member nor admin", m.Role))
 	}
-	if len(m.Source) > 64 {
-		return invalid(errors.New("source: at most 64 bytes"))
+	if len(m.Source) > 64 || !utf8.ValidString(m.Source) || strings.ContainsRune(m.Source, 0) {
+		return invalid(errors.New("source: at most 64 bytes of UTF-8"))
 	}
 	return nil
 }
@@ -46,11 +48,15 @@ func (c *Catalog) AddMember(ctx context.Context, m Membership) error {
 		} else if state == StateDeleted {
 			return ErrTenantGone
 		}
-		return addMember(ctx, tx, m)
+		if err := addMember(ctx, tx, m); err != nil {
+			return err
+		}
+		return changed(ctx, tx, "member", m.Tenant, string(m.User))
 	})
 }
 
-// addMember runs under the lock of the tenant's row, so that two at once cannot pass the limit together.
+// addMember runs under the lock of the tenant's row, so that two at once cannot pass the limit together. Who calls it
+// says so with changed, as the last of all statements: its lock comes after every other one.
 func addMember(ctx context.Context, tx pgx.Tx, m Membership) error {
 	var full bool
 	err := tx.QueryRow(ctx, `SELECT t.max_users IS NOT NULL
@@ -78,10 +84,7 @@ func addMember(ctx context.Context, tx pgx.Tx, m Membership) error {
 		m.User, m.Tenant, m.Role, m.Source, m.Default); err != nil {
 		return err
 	}
-	if err := audit(ctx, tx, "add member", m.Tenant, map[string]any{"user": m.User, "role": m.Role}); err != nil {
-		return err
-	}
-	return changed(ctx, tx, "member", m.Tenant, string(m.User))
+	return audit(ctx, tx, "add member", m.Tenant, map[string]any{"user": m.User, "role": m.Role})
 }
 
 // RemoveMember takes a user out of a tenant; one who is not in is no error. The next request of the
@@ -145,7 +148,7 @@ func (c *Catalog) memberships(ctx context.Context, where string, arg any) ([]Mem
 	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT user_key, tenant, role, source, is_default
 		FROM tenancy.memberships WHERE `+where+` ORDER BY user_key, tenant`, arg)
 	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Membership])
-	return list, unavailable("read memberships", err)
+	return list, refusal("read memberships", err)
 }
 
 // AddDomain lets a host name stand for a tenant. It is stored in its canonical form: lower case, no trailing dot, no port.
@@ -159,7 +162,10 @@ func (c *Catalog) AddDomain(ctx context.Context, id ID, domain string) error {
 		if _, err := lockRow(ctx, tx, id); err != nil {
 			return err
 		}
-		return addDomain(ctx, tx, id, canonical)
+		if err := addDomain(ctx, tx, id, canonical); err != nil {
+			return err
+		}
+		return changed(ctx, tx, "domain", id, canonical)
 	})
 }
 
@@ -173,10 +179,7 @@ func addDomain(ctx context.Context, tx pgx.Tx, id ID, domain string) error {
 	if holder != id {
 		return hinted(ErrTenantExists, "the domain %s belongs to another tenant", domain)
 	}
-	if err := audit(ctx, tx, "add domain", id, map[string]any{"domain": domain}); err != nil {
-		return err
-	}
-	return changed(ctx, tx, "domain", id, domain)
+	return audit(ctx, tx, "add domain", id, map[string]any{"domain": domain})
 }
 
 // RemoveDomain frees a domain; one that no tenant has is no error.

@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy/internal/ident"
@@ -50,7 +52,8 @@ func (n *NewTenant) check() error {
 			return invalid(fmt.Errorf("domains[%d]: %w", i, err))
 		}
 	}
-	n.Domains = domains
+	slices.Sort(domains) // two requests lock them in one order
+	n.Domains = slices.Compact(domains)
 	if n.Attributes == nil {
 		n.Attributes = map[string]any{}
 	}
@@ -61,7 +64,9 @@ func (n *NewTenant) check() error {
 		if n.Server != "" {
 			return invalid(errors.New("server: a data source says where it lives; give one of the two"))
 		}
-		return n.DataSource.validate()
+		if err := n.DataSource.validate(); err != nil {
+			return invalid(fmt.Errorf("data source: %w", err))
+		}
 	}
 	return nil
 }
@@ -101,17 +106,16 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 	if err != nil {
 		return fail(id, err)
 	}
-	select {
-	case c.tn.provisions <- struct{}{}:
-		defer func() { <-c.tn.provisions }()
-	case <-ctx.Done():
-		return fail(id, ctx.Err())
-	}
-	release, err := c.tn.primary.lockTenant(ctx, id)
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
 	if err != nil {
 		return fail(id, err)
 	}
 	defer release()
+	done, err := c.tn.slot(ctx)
+	if err != nil {
+		return fail(id, err)
+	}
+	defer done()
 	p, err := c.place(ctx, id)
 	if err != nil {
 		return fail(id, err)
@@ -145,7 +149,7 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 // transaction before anything is made. It returns the ID of the same intent written before.
 func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) {
 	intent := n.intent()
-	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) error {
+	err = c.tn.primary.transact(ctx, func(tx pgx.Tx) (err error) {
 		var uid UID
 		var source int64
 		if n.DataSource == nil {
@@ -157,7 +161,7 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 		if n.MaxUsers > 0 {
 			maxUsers = &n.MaxUsers
 		}
-		err := tx.QueryRow(ctx, `INSERT INTO tenancy.tenants (uid, name, display_name, state, isolation, intent, max_users, attributes)
+		err = tx.QueryRow(ctx, `INSERT INTO tenancy.tenants (uid, name, display_name, state, isolation, intent, max_users, attributes)
 			VALUES ($1, $2, $3, 'provisioning', $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING id`,
 			uid, n.Name, n.DisplayName, c.tn.cfg.Isolation, intent, maxUsers, n.Attributes).Scan(&id)
 		if isState(err, "23505") { // of the UID: the name has its own answer
@@ -187,6 +191,16 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 		}
 		if err := audit(ctx, tx, "create", id, map[string]any{"name": n.Name}); err != nil {
 			return err
+		}
+		for _, d := range n.Domains {
+			if err := changed(ctx, tx, "domain", id, d); err != nil {
+				return err
+			}
+		}
+		if n.Admin != "" {
+			if err := changed(ctx, tx, "member", id, string(n.Admin)); err != nil {
+				return err
+			}
 		}
 		return changed(ctx, tx, "tenant", id, "")
 	})
@@ -247,11 +261,28 @@ func (c *Catalog) activate(ctx context.Context, p *place) error {
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'made', version = $2, updated = now() WHERE id = $1`, p.id, p.version); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', updated = now() WHERE id = $1 AND state = 'provisioning'`, p.tenant.ID); err != nil {
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', updated = now() WHERE id = $1 AND state = 'provisioning'`, p.tenant.ID)
+		if err != nil {
 			return err
+		}
+		if tag.RowsAffected() == 0 {
+			return errOvertaken
 		}
 		return changed(ctx, tx, "tenant", p.tenant.ID, "")
 	})
+}
+
+// errOvertaken ends a verb that found the tenant changed under its hands, which only a lost lock allows.
+var errOvertaken = hinted(ErrInProgress, "another verb has changed the tenant meanwhile; look at its state and call again")
+
+// slot waits for one of the places to make or migrate a tenant. It is taken after the tenant's lock, always.
+func (tn *Tenancy) slot(ctx context.Context) (done func(), err error) {
+	select {
+	case tn.provisions <- struct{}{}:
+		return func() { <-tn.provisions }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // Prepare makes an empty, migrated place on a registered server and returns its data source,
@@ -267,9 +298,18 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 	}
 	uid := newUID()
 	if id != 0 {
+		held, release, err := c.tn.primary.lockTenant(ctx, id)
+		if err != nil {
+			return fail(err)
+		}
+		defer release()
+		ctx = held
 		t, err := c.Tenant(ctx, id)
 		if err != nil {
 			return fail(err)
+		}
+		if t.State == StateDeleted || t.State == StatePurged {
+			return fail(ErrTenantGone)
 		}
 		uid = t.UID
 	}
@@ -287,11 +327,20 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 	if err != nil {
 		return fail(err)
 	}
+	done, err := c.tn.slot(ctx)
+	if err != nil {
+		return fail(err)
+	}
+	defer done()
 	if err := c.make(ctx, p); err != nil {
 		return fail(err)
 	}
-	if _, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'made', version = $2, updated = now() WHERE id = $1`, p.id, p.version); err != nil {
+	tag, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'made', version = $2, updated = now() WHERE id = $1 AND state = 'intent'`, p.id, p.version)
+	if err != nil {
 		return fail(unavailable("prepare", err))
+	}
+	if tag.RowsAffected() == 0 {
+		return fail(errOvertaken)
 	}
 	return p.source, nil
 }
@@ -325,6 +374,42 @@ func (c *Catalog) prepared(ctx context.Context, q querier, d DataSource) (uid UI
 	return uid, source, err
 }
 
+// DropPlace drops a place that no tenant uses, for good: one that [Catalog.Prepare] made and nobody took, or one that a
+// tenant has moved away from. A place in use is [ErrInvalid], as is one that is not known. Other errors are [ErrNoProvisioner] and [ErrPrimaryUnavailable].
+func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
+	fail := func(err error) error { return &Error{Op: "drop place", Err: err} }
+	_, source, err := c.prepared(ctx, c.tn.primary.pool, d)
+	if err != nil {
+		return fail(refusal("drop place", err))
+	}
+	p, err := c.placeByID(ctx, source)
+	if err != nil {
+		return fail(err)
+	}
+	// Marked before it is dropped: from here on no tenant can take it, and the validity job finishes what a crash leaves.
+	tag, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources d SET state = 'intent', updated = now()
+		WHERE id = $1 AND state = 'made' AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)`, source)
+	if err != nil {
+		return fail(unavailable("drop place", err))
+	}
+	if tag.RowsAffected() == 0 {
+		return fail(invalid(errors.New("data source: a tenant uses this place")))
+	}
+	if err := c.dropUnused(ctx, p); err != nil {
+		return fail(err)
+	}
+	return nil
+}
+
+// dropUnused drops a place in state intent.
+func (c *Catalog) dropUnused(ctx context.Context, p *place) error {
+	if err := dropPlace(ctx, p, &Receipt{}); err != nil {
+		return err
+	}
+	_, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'dropped', sealed = '', updated = now() WHERE id = $1 AND state = 'intent'`, p.id)
+	return unavailable("drop place", err)
+}
+
 // SetDataSource moves the tenant to another place, which [Catalog.Prepare] made for it and the
 // operator filled. The place is proved to be the tenant's own before anything moves; every node
 // then opens new pools and lets the old ones drain. The old place stays as it is.
@@ -334,9 +419,9 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 	const op = "set data source"
 	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
 	if err := d.validate(); err != nil {
-		return fail(err)
+		return fail(invalid(fmt.Errorf("data source: %w", err)))
 	}
-	release, err := c.tn.primary.lockTenant(ctx, id)
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
 	if err != nil {
 		return fail(err)
 	}
@@ -378,8 +463,13 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET sealed = $2, updated = now() WHERE id = $1`, source, sealed); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2, generation = generation + 1, updated = now() WHERE id = $1`, id, source); err != nil {
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2, generation = generation + 1, updated = now()
+			WHERE id = $1 AND generation = $3`, id, source, now.tenant.Generation)
+		if err != nil {
 			return err
+		}
+		if tag.RowsAffected() == 0 {
+			return errOvertaken
 		}
 		if err := audit(ctx, tx, op, id, map[string]any{"address": d.Address(), "schema": d.Schema}); err != nil {
 			return err
@@ -400,8 +490,11 @@ func (c *Catalog) Suspend(ctx context.Context, id ID, s Suspension) error {
 		state = StateMaintenance
 		def(&s.RetryAfter, time.Minute)
 	}
-	if len(s.Message) > 500 || strings.ContainsRune(s.Message, 0) {
-		return &Error{Op: "suspend", Tenant: id, Err: invalid(errors.New("message: at most 500 bytes"))}
+	if len(s.Message) > 500 || !utf8.ValidString(s.Message) || strings.ContainsRune(s.Message, 0) {
+		return &Error{Op: "suspend", Tenant: id, Err: invalid(errors.New("message: at most 500 bytes of UTF-8"))}
+	}
+	if s.RetryAfter < 0 || s.RetryAfter > 30*24*time.Hour {
+		return &Error{Op: "suspend", Tenant: id, Err: invalid(errors.New("retry after: from 0 to 30 days"))}
 	}
 	return c.withdraw(ctx, "suspend", id, state, s)
 }
@@ -416,7 +509,7 @@ func (c *Catalog) Delete(ctx context.Context, id ID) error {
 // withdraw changes the state first (no node hands out a connection any more), then waits for the nodes, then fences at the server.
 func (c *Catalog) withdraw(ctx context.Context, op string, id ID, to State, s Suspension) error {
 	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
-	release, err := c.tn.primary.lockTenant(ctx, id)
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
 	if err != nil {
 		return fail(err)
 	}
@@ -464,18 +557,23 @@ func (c *Catalog) fenceTenant(ctx context.Context, p *place) error {
 	if err != nil {
 		return err
 	}
-	for _, at := range places {
+	var errs []error
+	for _, at := range places { // one that cannot be reached keeps no other one open
 		if err := fencePlace(ctx, at); err != nil {
-			return fmt.Errorf("the nodes refuse the tenant, its sessions at %s were not ended: %w", at.source.Address(), err)
+			errs = append(errs, fmt.Errorf("the nodes refuse the tenant, its sessions at %s were not ended: %w", at.source.Address(), err))
 		}
+	}
+	if len(errs) > 0 {
+		return errors.Join(errs...)
 	}
 	_, err = c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.tenants SET fenced = now() WHERE id = $1 AND state IN ('suspended', 'maintenance', 'deleted')`, p.tenant.ID)
 	return unavailable("fence", err)
 }
 
-// placesOf returns every place that was made for the tenant, also those that it has moved away from.
+// placesOf returns every place that was made for the tenant: where it is first, then those that it has moved away from.
 func (c *Catalog) placesOf(ctx context.Context, t Tenant) ([]*place, error) {
-	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT id FROM tenancy.data_sources WHERE uid = $1 AND state <> 'dropped' ORDER BY id`, t.UID)
+	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT id FROM tenancy.data_sources WHERE uid = $1 AND state <> 'dropped'
+		ORDER BY id = (SELECT data_source FROM tenancy.tenants WHERE uid = $1) DESC, id`, t.UID)
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[int64])
 	if err != nil {
 		return nil, unavailable("read places", err)
@@ -519,7 +617,7 @@ func (c *Catalog) Restore(ctx context.Context, id ID) error {
 // reopen opens the login first: a tenant is never active in the catalog and closed at the server.
 func (c *Catalog) reopen(ctx context.Context, op string, id ID, from ...State) error {
 	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
-	release, err := c.tn.primary.lockTenant(ctx, id)
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
 	if err != nil {
 		return fail(err)
 	}
@@ -531,8 +629,10 @@ func (c *Catalog) reopen(ctx context.Context, op string, id ID, from ...State) e
 	switch s := p.tenant.State; {
 	case s == StateActive:
 		return nil
-	case s == StateProvisioning || p.state == "intent":
+	case s == StateProvisioning:
 		return fail(hinted(ErrTenantNotReady, "its place was never finished: call Create again"))
+	case s == StateDeleted && op == "restore" && p.state == "intent":
+		return c.unfinish(ctx, id)
 	case s == StatePurged || s == StateDeleted && op == "resume":
 		return fail(ErrTenantGone)
 	}
@@ -540,15 +640,33 @@ func (c *Catalog) reopen(ctx context.Context, op string, id ID, from ...State) e
 		return fail(err)
 	}
 	return c.write(ctx, op, id, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', message = '', retry_after = 0, fenced = NULL, deleted = NULL,
-			generation = generation + 1, updated = now() WHERE id = $1`, id); err != nil {
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', message = '', retry_after = 0, fenced = NULL, deleted = NULL,
+			generation = generation + 1, updated = now() WHERE id = $1 AND state = $2 AND generation = $3`, id, p.tenant.State, p.tenant.Generation)
+		if err != nil {
 			return err
+		}
+		if tag.RowsAffected() == 0 {
+			return errOvertaken
 		}
 		if err := audit(ctx, tx, op, id, nil); err != nil {
 			return err
 		}
 		return changed(ctx, tx, "tenant", id, "")
 	})
+}
+
+// unfinish takes a tenant that was deleted before it was ever made back to where Create goes on.
+func (c *Catalog) unfinish(ctx context.Context, id ID) error {
+	err := c.write(ctx, "restore", id, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'provisioning', deleted = NULL, fenced = NULL, updated = now() WHERE id = $1 AND state = 'deleted'`, id); err != nil {
+			return err
+		}
+		return changed(ctx, tx, "tenant", id, "")
+	})
+	if err != nil {
+		return err
+	}
+	return &Error{Op: "restore", Tenant: id, Err: hinted(ErrTenantNotReady, "its place was never finished: call Create again")}
 }
 
 // openPlace lets the place's login in again after a fence, and proves it.
@@ -581,7 +699,7 @@ type Receipt struct {
 // [ErrTenantGone] when it was purged before, [ErrNoProvisioner] or [ErrPrimaryUnavailable].
 func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error) {
 	fail := func(err error) (Receipt, error) { return Receipt{}, &Error{Op: "purge", Tenant: id, Err: err} }
-	release, err := c.tn.primary.lockTenant(ctx, id)
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
 	if err != nil {
 		return fail(err)
 	}
@@ -605,12 +723,19 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 		return fail(err)
 	}
 	r := Receipt{Tenant: id, UID: p.tenant.UID, Name: name}
+	var dropped []int64
 	for _, at := range places {
 		if err := dropPlace(ctx, at, &r); err != nil {
 			return fail(err)
 		}
+		dropped = append(dropped, at.id)
 	}
 	err = c.write(ctx, "purge", id, func(tx pgx.Tx) error {
+		if state, err := lockRow(ctx, tx, id); err != nil {
+			return err
+		} else if state != StateDeleted {
+			return errOvertaken
+		}
 		rows, _ := tx.Query(ctx, `DELETE FROM tenancy.memberships WHERE tenant = $1 RETURNING user_key`, id)
 		users, err := pgx.CollectRows(rows, pgx.RowTo[string])
 		if err != nil {
@@ -625,18 +750,21 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'purged', display_name = '', attributes = '{}', message = '', updated = now() WHERE id = $1`, id); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'dropped', sealed = '', updated = now() WHERE uid = $1`, p.tenant.UID); err != nil {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'dropped', sealed = '', updated = now() WHERE id = ANY($1)`, dropped); err != nil {
 			return err
 		}
-		// What the audit trail keeps of a purged tenant names no person.
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.audit SET detail = detail - 'user' WHERE tenant = $1`, id); err != nil {
+		// What is kept of a purged tenant names none of its members.
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.audit SET detail = detail - 'user', actor = CASE WHEN actor = ANY($2) THEN '' ELSE actor END WHERE tenant = $1`, id, users); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.changes SET key = NULL WHERE tenant = $1 AND kind = 'member'`, id); err != nil {
 			return err
 		}
 		if err := audit(ctx, tx, "purge", id, map[string]any{"tables": r.Tables, "members": r.Members}); err != nil {
 			return err
 		}
-		for _, user := range users {
-			if err := changed(ctx, tx, "member", id, user); err != nil {
+		if len(users) > 0 { // without a key: every node forgets all users' look-ups
+			if err := changed(ctx, tx, "member", id, ""); err != nil {
 				return err
 			}
 		}

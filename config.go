@@ -83,8 +83,8 @@ func (c Config) MarshalText() ([]byte, error) { return fmt.Append(nil, c), nil }
 // redactURL keeps scheme, address and database of a URL, and nothing of what cannot be read as one.
 func redactURL(raw string) string {
 	u, err := url.Parse(raw)
-	if err != nil || u.Host == "" {
-		return redacted
+	if err != nil || u.Host == "" || u.User == nil || strings.Contains(u.Path, "@") {
+		return redacted // a password with a slash, a hash or a question mark in it ends the host for the parser
 	}
 	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
 }

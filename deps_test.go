@@ -33,7 +33,7 @@ var homes = map[string][]string{
 	"github.com/go-chi/chi":           {"examples/"},
 	"golang.org/x/sync":               {"migrate.go"},
 	"github.com/jackc/pgx":            nil, // everywhere
-	"github.com/jackc/puddle":         {"db.go", "pool.go"},
+	"github.com/jackc/puddle":         {"db.go", "errors.go"},
 }
 
 func TestImportsGoDownTheFloors(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/puddle/v2"
 )
 
 // The classes of failure. Errors of this package are matched with errors.Is against these; the text around
@@ -151,8 +152,13 @@ func withoutSecrets(err error) error {
 // unavailable marks a failure to ask the primary. An answer of the primary that refuses (a wrong
 // statement, a lost privilege) is reported with the same class: it is never "not found".
 func unavailable(op string, err error) error {
-	if err == nil || errors.Is(err, ErrPrimaryUnavailable) || errors.Is(err, ErrClosed) {
+	switch {
+	case err == nil || errors.Is(err, ErrPrimaryUnavailable) || errors.Is(err, ErrClosed):
 		return err
+	case errors.Is(err, puddle.ErrClosedPool):
+		return &Error{Op: op, Err: ErrClosed}
+	case errors.Is(err, context.Canceled): // the caller's doing, not the primary's
+		return &Error{Op: op, Err: withoutSecrets(err)}
 	}
 	return &Error{Op: op, RetryAfter: primaryRetryAfter, Err: fmt.Errorf("%w: %w", ErrPrimaryUnavailable, withoutSecrets(err))}
 }

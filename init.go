@@ -89,8 +89,8 @@ func Init(ctx context.Context, admin AdminConfig) error {
 	if err := errors.Join(ident.Schema(catalog.Database), ident.Schema(catalog.User)); err != nil {
 		return invalid(fmt.Errorf("AdminConfig.PrimaryURL: database and user: %w", err))
 	}
-	if catalog.Database == server.Database && catalog.Address() == server.Address() {
-		return invalid(errors.New("AdminConfig: the primary and the tenants need databases of their own"))
+	if err := apart(ctx, admin, catalog, server); err != nil {
+		return err
 	}
 	if catalog.User == server.User {
 		return invalid(errors.New("AdminConfig: the catalog login and the provisioner must not be one"))
@@ -104,22 +104,48 @@ func Init(ctx context.Context, admin AdminConfig) error {
 	if err := initDatabase(ctx, "AdminURL", admin.AdminURL, catalog, false); err != nil {
 		return err
 	}
-	if err := initDatabase(ctx, "ServerAdminURL", admin.ServerAdminURL, server, true); err != nil {
-		return err
-	}
-	if err := initTenants(ctx, admin.ServerAdminURL, server, admin.Extensions); err != nil {
-		return err
-	}
 	cfg := Config{PrimaryURL: admin.PrimaryURL, Keys: admin.Keys}.withDefaults()
 	p, err := openPrimary(ctx, cfg)
 	if err != nil {
 		return err
 	}
 	defer p.pool.Close()
+	if err := p.sameProvisioner(ctx, server); err != nil {
+		return err
+	}
+	if err := initDatabase(ctx, "ServerAdminURL", admin.ServerAdminURL, server, true); err != nil {
+		return err
+	}
+	if err := initTenants(ctx, admin.ServerAdminURL, server, admin.Extensions); err != nil {
+		return err
+	}
 	if err := p.registerServer(ctx, name, server); err != nil {
 		return err
 	}
 	return errors.Join(p.verify(ctx), verifyServer(ctx, server, len(admin.Extensions) > 0))
+}
+
+// apart refuses one database for the primary and the tenants, under whatever address.
+func apart(ctx context.Context, admin AdminConfig, catalog, server DataSource) error {
+	if catalog.Database != server.Database {
+		return nil
+	}
+	var systems [2]string
+	for i, a := range []struct{ field, url string }{{"AdminURL", admin.AdminURL}, {"ServerAdminURL", admin.ServerAdminURL}} {
+		conn, err := connectAdmin(ctx, a.field, a.url, "")
+		if err != nil {
+			return err
+		}
+		err = conn.QueryRow(ctx, `SELECT system_identifier::text FROM pg_control_system()`).Scan(&systems[i])
+		closeConn(conn)
+		if err != nil {
+			return fmt.Errorf("tenancy: init: AdminConfig.%s: %w", a.field, err)
+		}
+	}
+	if systems[0] == systems[1] {
+		return invalid(errors.New("AdminConfig: the primary and the tenants need databases of their own"))
+	}
+	return nil
 }
 
 // initDatabase makes a database and the login that owns it.
@@ -375,6 +401,25 @@ func verifyServer(ctx context.Context, d DataSource, extensions bool) error {
 		)
 	}
 	return ask(ctx, conn, slices.Clip(checks))
+}
+
+// sameProvisioner refuses another provisioner for a server that has one: the roles of the tenants there belong to the first.
+func (p *primaryDB) sameProvisioner(ctx context.Context, d DataSource) error {
+	var sealed []byte
+	err := p.pool.QueryRow(ctx, `SELECT provisioner FROM tenancy.servers WHERE host = $1 AND port = $2 AND database = $3`, d.Host, d.Port, d.Database).Scan(&sealed)
+	if errors.Is(err, pgx.ErrNoRows) || err == nil && sealed == nil {
+		return nil
+	} else if err != nil {
+		return unavailable("read servers", err)
+	}
+	now, err := p.openSource(UID(p.realm.Value()), "provisioner", sealed)
+	if err != nil {
+		return err
+	}
+	if now.User != d.User {
+		return invalid(fmt.Errorf("server %s has the provisioner %q, which holds the roles of its tenants: only its password can change, %q is another login", d.Address(), now.User, d.User))
+	}
+	return nil
 }
 
 // registerServer adds the server to the catalog, or renews its provisioner's password.

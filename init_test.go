@@ -32,6 +32,11 @@ func uninitialised(tb testing.TB, f *tenancytest.Fleet) tenancy.AdminConfig {
 	a := f.AdminConfig()
 	a.PrimaryURL, a.Server.URL = strings.ReplaceAll(a.PrimaryURL, old, name), strings.ReplaceAll(a.Server.URL, old, name)
 	atEnd(tb, f, name, `DROP DATABASE IF EXISTS {}_primary WITH (FORCE)`, `DROP DATABASE IF EXISTS {}_tenants WITH (FORCE)`,
+		`DO $$ DECLARE r text; BEGIN -- the tenants' roles, whose members' grantor the provisioner is
+			FOR r IN SELECT DISTINCT roleid::regrole FROM pg_auth_members WHERE member = to_regrole('{}_provisioner') AND roleid <> to_regrole('{}_tenants_tenants') LOOP
+				EXECUTE 'DROP ROLE ' || r;
+			END LOOP;
+		END $$`,
 		`DROP ROLE IF EXISTS {}_tenants_tenants`, `DROP ROLE IF EXISTS {}_provisioner`, `DROP ROLE IF EXISTS {}_catalog`)
 	return a
 }
@@ -142,13 +147,15 @@ func TestInitRefuses(t *testing.T) {
 		class  error  // nil: the server's answer
 		says   string // a code of the server where class is nil
 	}{
-		"admin_url_missing":         {func(a *tenancy.AdminConfig) { a.AdminURL = "" }, tenancy.ErrInvalid, "AdminConfig.AdminURL"},
-		"admin_url_is_no_url":       {func(a *tenancy.AdminConfig) { a.AdminURL = "postgres://a:b c@host" }, tenancy.ErrInvalid, "AdminConfig.AdminURL"},
-		"admin_password_wrong":      {func(a *tenancy.AdminConfig) { a.AdminURL = as(f.AdminURL, super.User, "wrong", "postgres") }, nil, "28P01"},
-		"admin_without_rights":      {func(a *tenancy.AdminConfig) { a.AdminURL = f.PrimaryURL }, nil, "42501"},
-		"provisioner_is_superuser":  {func(a *tenancy.AdminConfig) { a.Server.URL = as(f.ServerURL, name+"_catalog2", "x", name+"_tenants") }, tenancy.ErrInvalid, "is a superuser"},
-		"catalog_is_superuser":      {func(a *tenancy.AdminConfig) { a.PrimaryURL = as(f.ServerURL, name+"_catalog2", "x", name+"_primary") }, tenancy.ErrInvalid, "is a superuser"},
-		"one_database_for_both":     {func(a *tenancy.AdminConfig) { a.Server.URL = as(f.ServerURL, name+"_provisioner", "x", name+"_primary") }, tenancy.ErrInvalid, "databases of their own"},
+		"admin_url_missing":        {func(a *tenancy.AdminConfig) { a.AdminURL = "" }, tenancy.ErrInvalid, "AdminConfig.AdminURL"},
+		"admin_url_is_no_url":      {func(a *tenancy.AdminConfig) { a.AdminURL = "postgres://a:b c@host" }, tenancy.ErrInvalid, "AdminConfig.AdminURL"},
+		"admin_password_wrong":     {func(a *tenancy.AdminConfig) { a.AdminURL = as(f.AdminURL, super.User, "wrong", "postgres") }, nil, "28P01"},
+		"admin_without_rights":     {func(a *tenancy.AdminConfig) { a.AdminURL = f.PrimaryURL }, nil, "42501"},
+		"provisioner_is_superuser": {func(a *tenancy.AdminConfig) { a.Server.URL = as(f.ServerURL, name+"_catalog2", "x", name+"_tenants") }, tenancy.ErrInvalid, "is a superuser"},
+		"catalog_is_superuser":     {func(a *tenancy.AdminConfig) { a.PrimaryURL = as(f.ServerURL, name+"_catalog2", "x", name+"_primary") }, tenancy.ErrInvalid, "is a superuser"},
+		"one_database_for_both": {func(a *tenancy.AdminConfig) {
+			a.Server.URL = as(f.ServerURL, name+"_provisioner", "x", name+"_primary")
+		}, tenancy.ErrInvalid, "databases of their own"},
 		"one_login_for_both":        {func(a *tenancy.AdminConfig) { a.Server.URL = as(f.ServerURL, name+"_catalog", "x", name+"_tenants") }, tenancy.ErrInvalid, "must not be one"},
 		"keys_missing":              {func(a *tenancy.AdminConfig) { a.Keys = tenancy.Keyring{} }, tenancy.ErrInvalid, "AdminConfig.Keys"},
 		"keys_of_another_primary":   {func(a *tenancy.AdminConfig) { a.Keys = otherKeys(t) }, tenancy.ErrWrongKey, "Keys"},

@@ -69,7 +69,7 @@ func (e *MigrateError) Unwrap() []error {
 // The error is [ErrTenantNotFound], [ErrTenantGone], [ErrNoProvisioner], [ErrNoMigrations], [ErrPrimaryUnavailable] or that of the migration.
 func (m *Migrator) Tenant(ctx context.Context, id ID) (Migrated, error) {
 	const op = "migrate"
-	release, err := m.tn.primary.lockTenant(ctx, id)
+	ctx, release, err := m.tn.primary.lockTenant(ctx, id)
 	if err != nil {
 		return Migrated{}, &Error{Op: op, Tenant: id, Err: err}
 	}
@@ -79,15 +79,17 @@ func (m *Migrator) Tenant(ctx context.Context, id ID) (Migrated, error) {
 		return Migrated{}, &Error{Op: op, Tenant: id, Err: err}
 	}
 	done := Migrated{Tenant: p.tenant, Version: p.version}
-	if p.tenant.State == StateDeleted || p.tenant.State == StatePurged {
+	switch p.tenant.State {
+	case StateDeleted, StatePurged:
 		return done, &Error{Op: op, Tenant: id, Name: p.tenant.Name, Err: ErrTenantGone}
+	case StateProvisioning: // its Create migrates it
+		return done, &Error{Op: op, Tenant: id, Name: p.tenant.Name, Err: ErrTenantNotReady}
 	}
-	select {
-	case m.tn.provisions <- struct{}{}:
-		defer func() { <-m.tn.provisions }()
-	case <-ctx.Done():
-		return done, &Error{Op: op, Tenant: id, Name: p.tenant.Name, Err: ctx.Err()}
+	finished, err := m.tn.slot(ctx)
+	if err != nil {
+		return done, &Error{Op: op, Tenant: id, Name: p.tenant.Name, Err: err}
 	}
+	defer finished()
 	done.Applied, err = m.tn.catalog.migratePlace(ctx, p)
 	done.Version = p.version
 	if err != nil {
@@ -97,7 +99,7 @@ func (m *Migrator) Tenant(ctx context.Context, id ID) (Migrated, error) {
 	return done, nil
 }
 
-// All migrates every tenant that is not deleted, Limits.Provisions at a time, and goes on past
+// All migrates every tenant that was made and is not deleted, Limits.Provisions at a time, and goes on past
 // those that fail. The results are in order of ID; when one failed, the error is a [*MigrateError] with the same results.
 func (m *Migrator) All(ctx context.Context) ([]Migrated, error) {
 	var ids []ID
@@ -105,7 +107,8 @@ func (m *Migrator) All(ctx context.Context) ([]Migrated, error) {
 		if err != nil {
 			return nil, err
 		}
-		if t.State != StateDeleted && t.State != StatePurged {
+		switch t.State {
+		case StateActive, StateSuspended, StateMaintenance:
 			ids = append(ids, t.ID)
 		}
 	}

@@ -92,15 +92,9 @@ type poolMaker struct {
 }
 
 func (m *poolMaker) build(ctx context.Context, id ID, generation int64) (*tenantPool, error) {
-	r, err := m.tn.view.record(ctx, id)
+	r, err := m.tn.view.recordAt(ctx, id, generation)
 	if err != nil {
 		return nil, err
-	}
-	if err := r.served("connect"); err != nil {
-		return nil, err
-	}
-	if r.tenant.Generation < generation {
-		return nil, fmt.Errorf("tenancy: generation %d was asked for, the catalog tells of %d", generation, r.tenant.Generation)
 	}
 	p := &tenantPool{tenant: r.tenant, want: m.tn.identity(r.tenant.UID, r.source), timeout: m.tn.cfg.Limits.ConnectTimeout}
 	cfg, err := m.tn.poolConfig(ctx, p, r.source)

@@ -64,6 +64,11 @@ func primaryConfig(url string, connectTimeout time.Duration) (*pgxpool.Config, e
 	if err != nil {
 		return nil, invalid(errors.New("not a PostgreSQL URL: postgres://user:password@host:port/database"))
 	}
+	for _, f := range pc.ConnConfig.Fallbacks {
+		if f.Host != pc.ConnConfig.Host || f.Port != pc.ConnConfig.Port {
+			return nil, invalid(errors.New("it names several hosts: one of them could be a standby that lags behind; give the one address of the primary"))
+		}
+	}
 	pc.ConnConfig.RuntimeParams["search_path"] = "pg_catalog"
 	pc.ConnConfig.RuntimeParams["application_name"] = "tenancy"
 	pc.ConnConfig.ConnectTimeout = connectTimeout
@@ -249,19 +254,36 @@ func audit(ctx context.Context, tx pgx.Tx, action string, tenant ID, detail map[
 // lockTenant makes this process the only one that works on the tenant's place, until release.
 // The lock is held by a connection of its own: it ends with the process, however that ends, and
 // no tenant can hold it, because tenants cannot connect to the primary.
-func (p *primaryDB) lockTenant(ctx context.Context, id ID) (release func(), err error) {
+//
+// The returned context ends when the lock is lost: what goes on then could meet another node's work on the same tenant.
+func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
 	conn, err := pgx.ConnectConfig(ctx, p.direct)
 	if err != nil {
-		return nil, unavailable("lock", err)
+		return nil, nil, unavailable("lock", err)
 	}
 	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, id); err != nil {
 		closeConn(conn)
 		if ctx.Err() != nil {
-			return nil, hinted(ErrInProgress, "another node holds its lock; try again later")
+			return nil, nil, fmt.Errorf("%w: its lock was not free in time: %w", ErrInProgress, ctx.Err())
 		}
-		return nil, unavailable("lock", err)
+		return nil, nil, unavailable("lock", err)
 	}
-	return func() { closeConn(conn) }, nil
+	held, lost := context.WithCancelCause(ctx)
+	watch, stop := context.WithCancel(context.WithoutCancel(ctx))
+	watched := make(chan struct{})
+	go func() { // nothing is ever notified here: the wait ends with the connection, or with the work
+		defer close(watched)
+		_, err := conn.WaitForNotification(watch)
+		if watch.Err() == nil {
+			lost(&Error{Op: "lock", Tenant: id, Err: fmt.Errorf("%w: the lock was lost: %w", ErrPrimaryUnavailable, err)})
+		}
+	}()
+	return held, func() {
+		stop()
+		<-watched
+		lost(nil)
+		closeConn(conn)
+	}, nil
 }
 
 // closeConn says goodbye within a bound; a server that does not answer is left.

@@ -96,6 +96,12 @@ func (a *arena) burst(seed uint64, statements int, among []*subject, during func
 
 func (a *arena) once(rng *rand.Rand, among []*subject) {
 	c := &call{a: a, rng: rng, among: among, who: among[rng.IntN(len(among))], node: rng.IntN(nodes), start: time.Now()}
+	for range 3 { // mostly one that is served: refusals are quick, and would be most of the work
+		if c.who.serves() {
+			break
+		}
+		c.who = among[rng.IntN(len(among))]
+	}
 	limit := patience
 	if c.hasty = rng.Float64() < hastyPart; c.hasty {
 		limit = time.Duration(rng.Int64N(int64(2 * time.Millisecond)))

@@ -25,7 +25,8 @@ import (
 // TestNothingCrosses drives up to six tenants on two nodes through their lives while eight
 // goroutines work in all of them, and checks after each burst, past the library, that every row is where it belongs.
 //
-// The part run by default has at least 6,000 statements; TENANCY_LONG=1 at least 100,000. Seeds are fixed, and
+// By default the server answers at least 6,000 statements, with TENANCY_LONG=1 at least 100,000; the
+// refused ones come on top. Seeds are fixed, and
 // -rapid.seed=N runs that one alone. A seed fixes what is done, not how goroutines meet: what it finds depends on
 // timing, so nothing is shrunk, and a finding is reported with the verbs that led to it.
 //
@@ -185,7 +186,7 @@ func (m *machine) lull() {
 	}
 }
 
-// finish reports, and checks that the work was work.
+// finish reports.
 func (m *machine) finish() {
 	m.tb.Helper()
 	m.auditAll()
@@ -193,9 +194,6 @@ func (m *machine) finish() {
 		m.tb.Errorf("crossings: %d; the last verbs:\n%s", m.crossings(), strings.Join(m.diary[max(0, len(m.diary)-30):], "\n"))
 		m.report(m.tb)
 		return
-	}
-	if m.good.Load() < m.ops.Load()/4 {
-		m.tb.Errorf("only %d of %d statements were answered: nothing crosses where nothing is served", m.good.Load(), m.ops.Load())
 	}
 	pools, again := 0, 0
 	for _, n := range m.builds {
@@ -272,267 +270,6 @@ func (m *machine) note(format string, args ...any) {
 	m.diary = append(m.diary, fmt.Sprintf(format, args...))
 }
 
-// create makes one more tenant.
-func (m *machine) create(_ *subject, node int, _ tenancy.UserKey) {
-	number := len(m.everyone()) + 1
-	if number > most {
-		return
-	}
-	s := &subject{name: fmt.Sprintf("tenant-%d", number), members: map[tenancy.UserKey][]membership{}}
-	from, catalog := time.Now(), m.nodes[node].Catalog()
-	t, err := catalog.Create(context.Background(), tenancy.NewTenant{Name: s.name})
-	if err != nil {
-		m.found(failed, "create %s: %v", s.name, err)
-		return
-	}
-	place, err := catalog.DataSource(context.Background(), t.ID)
-	if err != nil {
-		m.found(failed, "data source of %s: %v", s.name, err)
-		return
-	}
-	s.id, s.uid = t.ID, t.UID.String()
-	s.stays = []stay{{schema: place.Schema, login: place.User, from: from}}
-	m.mu.Lock()
-	m.subjects = append(m.subjects, s)
-	m.mu.Unlock()
-	m.eventually(s, "served", func() bool { _, err := m.nodes[1-node].Enter(context.Background(), s.id); return err == nil })
-}
-
-// rest marks the time of a verb, in which calls may fail.
-func (s *subject) rest() (over func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	i := len(s.restless)
-	s.restless = append(s.restless, span{from: time.Now()})
-	return func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.restless[i].to = time.Now()
-	}
-}
-
-// state asks the catalog. The caller holds s.verb.
-func (m *machine) state(s *subject) tenancy.State {
-	t, err := m.nodes[0].Catalog().Tenant(context.Background(), s.id)
-	if err != nil {
-		m.found(failed, "state of %s: %v", s.name, err)
-	}
-	return t.State
-}
-
-// withdraw suspends or deletes a tenant, while two others are served.
-func (m *machine) withdraw(s *subject, node int, user tenancy.UserKey) {
-	s.verb.Lock()
-	defer s.verb.Unlock()
-	serving := 0
-	for _, other := range m.everyone() {
-		if other.serves() {
-			serving++
-		}
-	}
-	if !s.serves() || serving <= fewest {
-		return
-	}
-	over := s.rest()
-	catalog, err := m.nodes[node].Catalog(), error(nil)
-	if user == m.users[0] {
-		err = catalog.Delete(context.Background(), s.id)
-	} else {
-		err = catalog.Suspend(context.Background(), s.id, tenancy.Suspension{})
-	}
-	if err != nil {
-		m.found(failed, "withdraw %s: %v", s.name, err)
-		return
-	}
-	s.mu.Lock()
-	s.out = append(s.out, span{from: time.Now()})
-	s.mu.Unlock()
-	over()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	var sessions int
-	err = m.admin.QueryRow(context.Background(), `SELECT count(*) FROM pg_stat_activity WHERE usename = $1`, s.current().login).Scan(&sessions)
-	if err != nil || sessions > 0 {
-		m.found(letIn, "%s was withdrawn and has %d sessions at the server (%v)", s.name, sessions, err)
-	}
-}
-
-// reopen brings back what withdraw took away.
-func (m *machine) reopen(s *subject, node int, _ tenancy.UserKey) {
-	s.verb.Lock()
-	defer s.verb.Unlock()
-	if s.serves() {
-		return
-	}
-	reopen := m.nodes[node].Catalog().Resume
-	if m.state(s) == tenancy.StateDeleted {
-		reopen = m.nodes[node].Catalog().Restore
-	}
-	defer s.rest()()
-	s.mu.Lock()
-	s.out[len(s.out)-1].to = time.Now()
-	s.mu.Unlock()
-	if err := reopen(context.Background(), s.id); err != nil {
-		m.found(failed, "reopen %s: %v", s.name, err)
-		return
-	}
-	m.eventually(s, "served", func() bool { _, err := m.nodes[1-node].Enter(context.Background(), s.id); return err == nil })
-}
-
-// move gives the tenant another, empty place. The rows stay behind: what matters is where new ones go.
-func (m *machine) move(s *subject, node int, _ tenancy.UserKey) {
-	s.verb.Lock()
-	defer s.verb.Unlock()
-	if m.state(s) == tenancy.StateDeleted {
-		return
-	}
-	catalog := m.nodes[node].Catalog()
-	place, err := catalog.Prepare(context.Background(), s.id, "")
-	if err != nil {
-		m.found(failed, "prepare for %s: %v", s.name, err)
-		return
-	}
-	s.mu.Lock()
-	s.stays = append(s.stays, stay{schema: place.Schema, login: place.User, from: time.Now()})
-	s.mu.Unlock()
-	if err := catalog.SetDataSource(context.Background(), s.id, place); err != nil {
-		m.found(failed, "move %s: %v", s.name, err)
-		return
-	}
-	s.leave(node, time.Now())
-	s.leave(1-node, time.Now().Add(heard))
-	if !s.serves() {
-		return
-	}
-	m.eventually(s, "moved", func() bool {
-		ctx, err := m.nodes[1-node].Enter(context.Background(), s.id)
-		if err != nil {
-			return false
-		}
-		var schema string
-		err = m.nodes[1-node].DB().QueryRow(ctx, `SELECT current_schema()`).Scan(&schema)
-		return err == nil && schema == place.Schema
-	})
-	s.leave(1-node, time.Now())
-}
-
-// leave says by when the node must have left the last place but one.
-func (s *subject) leave(node int, by time.Time) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.stays[len(s.stays)-2].until[node] = by
-}
-
-// migrate brings the tenant to the second node's version.
-func (m *machine) migrate(s *subject, _ int, _ tenancy.UserKey) {
-	s.verb.Lock()
-	defer s.verb.Unlock()
-	if m.state(s) == tenancy.StateDeleted {
-		return
-	}
-	if _, err := m.nodes[1].Migrator().Tenant(context.Background(), s.id); err != nil {
-		m.found(failed, "migrate %s: %v", s.name, err)
-	}
-}
-
-func (m *machine) refresh(_ *subject, node int, _ tenancy.UserKey) {
-	if err := m.nodes[node].Refresh(context.Background()); err != nil {
-		m.found(failed, "refresh: %v", err)
-	}
-}
-
-// isMember asks a node. A tenant out of service says so to its members alone.
-func (m *machine) isMember(s *subject, node int, user tenancy.UserKey) bool {
-	_, err := m.nodes[node].Resolve(context.Background(), query(user, s))
-	return err == nil || !errors.Is(err, tenancy.ErrForbidden)
-}
-
-func query(user tenancy.UserKey, s *subject) tenancy.Query {
-	return tenancy.Query{User: user, Hints: []tenancy.Hint{{Source: "test", Trust: tenancy.Choice, By: tenancy.ByName, Value: s.name}}}
-}
-
-func (m *machine) enrol(s *subject, node int, user tenancy.UserKey) {
-	s.verb.Lock()
-	defer s.verb.Unlock()
-	m.enrolling.Lock()
-	defer m.enrolling.Unlock()
-	if _, surely := s.belonged(user, node, time.Now(), time.Now()); surely || m.state(s) == tenancy.StateDeleted {
-		return
-	}
-	s.mu.Lock()
-	s.members[user] = append(s.members[user], membership{from: time.Now()})
-	at := &s.members[user][len(s.members[user])-1]
-	s.mu.Unlock()
-	if err := m.nodes[node].Catalog().AddMember(context.Background(), tenancy.Membership{User: user, Tenant: s.id}); err != nil {
-		m.found(failed, "enrol %s: %v", s.name, err)
-		return
-	}
-	s.stamp(&at.sure[node], time.Now())
-	m.eventually(s, "enrolled", func() bool { return m.isMember(s, 1-node, user) })
-	s.stamp(&at.sure[1-node], time.Now())
-}
-
-func (m *machine) expel(s *subject, node int, user tenancy.UserKey) {
-	s.verb.Lock()
-	defer s.verb.Unlock()
-	m.enrolling.Lock()
-	defer m.enrolling.Unlock()
-	if _, surely := s.belonged(user, node, time.Now(), time.Now()); !surely {
-		return
-	}
-	s.mu.Lock()
-	at := &s.members[user][len(s.members[user])-1]
-	at.removed = time.Now()
-	s.mu.Unlock()
-	if err := m.nodes[node].Catalog().RemoveMember(context.Background(), s.id, user); err != nil {
-		m.found(failed, "expel from %s: %v", s.name, err)
-		return
-	}
-	s.stamp(&at.until[node], time.Now())
-	s.stamp(&at.until[1-node], time.Now().Add(heard))
-	m.eventually(s, "expelled", func() bool { return !m.isMember(s, 1-node, user) })
-	s.stamp(&at.until[1-node], time.Now())
-}
-
-func (s *subject) stamp(field *time.Time, at time.Time) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	*field = at
-}
-
-// setDefault makes the tenant the user's first choice, and asks for it without naming it.
-func (m *machine) setDefault(s *subject, node int, user tenancy.UserKey) {
-	s.verb.Lock()
-	defer s.verb.Unlock()
-	m.enrolling.Lock()
-	defer m.enrolling.Unlock()
-	if _, surely := s.belonged(user, node, time.Now(), time.Now()); !surely || !s.serves() {
-		return
-	}
-	if err := m.nodes[node].Catalog().SetDefault(context.Background(), user, s.id); err != nil {
-		m.found(failed, "set default %s: %v", s.name, err)
-		return
-	}
-	ctx, err := m.nodes[node].Resolve(context.Background(), tenancy.Query{User: user})
-	if err != nil {
-		m.found(failed, "resolve the default %s: %v", s.name, err)
-		return
-	}
-	if t, _ := tenancy.TenantFrom(ctx); t.ID != s.id {
-		m.found(letIn, "the default of %s is %s, resolved to %s", user, s.name, t.Name)
-	}
-}
-
-// eventually waits until the other node knows.
-func (m *machine) eventually(s *subject, what string, done func() bool) {
-	for start := time.Now(); !done(); time.Sleep(time.Millisecond) {
-		if time.Since(start) > heard {
-			m.found(late, "%s: not %s on the other node after %v", s.name, what, heard)
-			return
-		}
-	}
-}
-
 // door lets a call in by one of the ways that a service has: as a user, by ID, or with a session made earlier.
 func (m *machine) door(c *call) bool {
 	c.db = m.nodes[c.node].DB()
@@ -575,7 +312,7 @@ func (m *machine) resolve(c *call) bool {
 		user = m.users[c.rng.IntN(len(m.users))]
 	}
 	c.onDoor = "user " + string(user)
-	q, named := query(user, c.who), c.rng.Float64() < 0.8
+	q, named := askingFor(user, c.who), c.rng.Float64() < 0.8
 	if !named {
 		q.Hints = nil
 	}
@@ -741,67 +478,4 @@ func (m *machine) leakOn(c *call, tx pgx.Tx, other *subject, theirs context.Cont
 	}
 	m.wants(c, what, err, tenancy.ErrTenantMismatch)
 	return err
-}
-
-// forgetful is the router that this library is instead of: one pool for all tenants, a
-// search_path set at each checkout, and one checkout in a hundred at which that is forgotten.
-type forgetful struct{ *pgxpool.Pool }
-
-func (f forgetful) WithConn(ctx context.Context, fn func(ctx context.Context, conn *pgx.Conn) error) error {
-	return f.AcquireFunc(ctx, func(c *pgxpool.Conn) error { return fn(ctx, c.Conn()) })
-}
-
-type schemaKey struct{}
-
-func newForgetful(tb testing.TB, admin *pgx.Conn) forgetful {
-	tb.Helper()
-	cfg, err := pgxpool.ParseConfig(admin.Config().ConnString())
-	if err != nil {
-		tb.Fatal(err)
-	}
-	cfg.ConnConfig = admin.Config()
-	cfg.MaxConns = 8
-	cfg.PrepareConn = func(ctx context.Context, conn *pgx.Conn) (bool, error) {
-		if rand.IntN(100) == 0 {
-			return true, nil
-		}
-		_, err := conn.Exec(ctx, `SET search_path TO `+pgx.Identifier{ctx.Value(schemaKey{}).(string)}.Sanitize())
-		return err == nil, err
-	}
-	pool, err := pgxpool.NewWithConfig(tb.Context(), cfg)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(pool.Close)
-	return forgetful{pool}
-}
-
-// TestTheOraclesFindAForgetfulRouter is the control of TestNothingCrosses: the same bursts and oracles, put on a router
-// that forgets, have to find its crossings by each of the three ways.
-func TestTheOraclesFindAForgetfulRouter(t *testing.T) {
-	t.Parallel()
-	f := tenancytest.NewFleet(t)
-	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations})
-	admin := f.Admin(t, "tenants")
-	router := newForgetful(t, admin)
-	var subjects []*subject
-	for i := range 3 {
-		tenant := tenancytest.Create(t, tn, fmt.Sprintf("tenant-%d", i+1))
-		place := placeOf(t, f, tenant.ID)
-		subjects = append(subjects, &subject{name: tenant.Name, id: tenant.ID, uid: tenant.UID.String(),
-			stays: []stay{{schema: place.Schema, from: time.Now()}}}) // any login
-	}
-	a := &arena{ledger: newLedger(), kinds: plainOperations, door: func(c *call) bool {
-		c.db, c.ctx = router, context.WithValue(c.ctx, schemaKey{}, c.who.current().schema)
-		return true
-	}}
-	a.burst(1, 3000, subjects, nil)
-	a.audit(t, admin, subjects)
-	t.Logf("%d statements, %d crossings", a.ops.Load(), a.crossings())
-	for _, k := range []kind{foreignRow, foreignConn, foreignPlace} {
-		t.Logf("%s: %d times", k, a.count(k))
-		if a.count(k) == 0 {
-			t.Errorf("%s: not found, though the router forgets", k)
-		}
-	}
 }

@@ -370,15 +370,23 @@ func fence(ctx context.Context, conn *pgx.Conn, p *place) error {
 	return endSessions(ctx, conn, []string{p.source.User, p.owner})
 }
 
-// endSessions ends the sessions of the roles and returns when none is left.
+// endTimeout bounds the end of a tenant's sessions, which the server's processes come to within milliseconds.
+const endTimeout = 15 * time.Second
+
+// endSessions ends the sessions of the roles and returns when none is left. One look is not enough: a session that passed
+// the login a moment before it was closed is not listed yet.
 func endSessions(ctx context.Context, conn *pgx.Conn, roles []string) error {
-	for {
+	ctx, cancel := context.WithTimeout(ctx, endTimeout)
+	defer cancel()
+	for quiet := 0; ; {
 		var left int
 		err := conn.QueryRow(ctx, `SELECT count(*) FROM (SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = ANY($1)) s`, roles).Scan(&left)
 		if err != nil {
 			return fmt.Errorf("end sessions: %w", err)
 		}
-		if left == 0 {
+		if quiet++; left > 0 {
+			quiet = 0
+		} else if quiet == 5 {
 			return nil
 		}
 		select {

@@ -57,8 +57,8 @@ func NewRegistry[T any](tn *Tenancy, cfg RegistryConfig[T]) (*Registry[T], error
 	}
 	r := &Registry[T]{tn: tn}
 	r.table = lease.New(lease.Config[ID, T]{
-		Build: func(ctx context.Context, id ID, _ int64) (value T, err error) {
-			rec, err := tn.view.record(ctx, id)
+		Build: func(ctx context.Context, id ID, generation int64) (value T, err error) {
+			rec, err := tn.view.recordAt(ctx, id, generation)
 			if err != nil {
 				return value, err
 			}

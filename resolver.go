@@ -94,6 +94,9 @@ func (e *AmbiguousError) Unwrap() error { return ErrAmbiguousTenant }
 // [ErrTenantNotReady]. Other errors: [ErrInvalid], [ErrPrimaryUnavailable] (never "not found"), [ErrClosed].
 func (tn *Tenancy) Resolve(ctx context.Context, q Query) (context.Context, error) {
 	const op = "resolve"
+	if tn.closing.Load() {
+		return nil, &Error{Op: op, Err: ErrClosed}
+	}
 	if q.User != "" {
 		if err := ident.UserKey(string(q.User)); err != nil {
 			return nil, &Error{Op: op, Err: invalid(fmt.Errorf("user key: %w", err))}
@@ -129,6 +132,9 @@ func (tn *Tenancy) Resolve(ctx context.Context, q Query) (context.Context, error
 // from a request. The session has no role. The error is [ErrTenantNotFound], one of the
 // tenant's states as in [Tenancy.Resolve], [ErrPrimaryUnavailable] or [ErrClosed].
 func (tn *Tenancy) Enter(ctx context.Context, id ID) (context.Context, error) {
+	if tn.closing.Load() {
+		return nil, &Error{Op: "enter", Tenant: id, Err: ErrClosed}
+	}
 	r, err := tn.view.record(ctx, id)
 	if err == nil {
 		err = r.served("enter")
@@ -228,7 +234,7 @@ type verdict struct {
 // depends on who asks.
 func (r *defaultResolver) hinted(ctx context.Context, q Query) (v verdict, err error) {
 	for _, h := range q.Hints {
-		if h.Value == "" || q.User == "" && h.Trust == Choice {
+		if h.Value == "" || q.User == "" && h.Trust != Place {
 			continue
 		}
 		id, err := r.find(ctx, h)

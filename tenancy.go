@@ -60,6 +60,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -81,6 +82,7 @@ type Tenancy struct {
 	db, host   *TenantAwareDB
 	catalog    *Catalog
 	provisions chan struct{} // a slot for each tenant that may be made at once
+	closing    atomic.Bool   // no new sessions
 
 	mu         sync.Mutex // guards the fields below
 	followers  []follower
@@ -212,9 +214,9 @@ func (tn *Tenancy) Close() error {
 	return tn.Shutdown(ctx)
 }
 
-// Shutdown ends everything that Open started: the feed and its job first, then the service's
-// registries in reverse order of creation, then the tenants' pools. New work is refused with
-// [ErrClosed]; work in flight has until ctx ends and is then cut: its connections are closed.
+// Shutdown ends everything that Open started: the service's registries in reverse order of
+// creation, then the feed and its job, then the tenants' pools. Resolve and Enter are refused with [ErrClosed] at once, calls of
+// sessions that exist once the registries have ended; work in flight has until ctx ends and is then cut: its connections are closed.
 //
 // The error names the tenants whose work was cut. Further calls wait for the first one and return its error.
 func (tn *Tenancy) Shutdown(ctx context.Context) error {
@@ -229,11 +231,12 @@ func (tn *Tenancy) Shutdown(ctx context.Context) error {
 	tn.mu.Unlock()
 	defer close(tn.ended)
 
-	tn.feed.close()
+	tn.closing.Store(true)
 	var errs []error
 	for _, r := range slices.Backward(registries) {
 		errs = append(errs, r.Close(ctx))
 	}
+	tn.feed.close() // not before: what drains above is still told of every change
 	if tn.pools != nil {
 		cut, err := tn.pools.Close(ctx)
 		if len(cut) > 0 {

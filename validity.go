@@ -52,6 +52,7 @@ const (
 	listenPing     = 5 * time.Second
 	keepChanges    = 10_000
 	validityBudget = 5 * time.Minute
+	syncTimeout    = 3 * time.Second // of one reading and its application; others wait for it
 )
 
 func newFeed(tn *Tenancy) *feed {
@@ -116,9 +117,7 @@ func (f *feed) follow() {
 		case <-f.wake:
 		case <-tick.C:
 		}
-		ctx, cancel := context.WithTimeout(f.ctx, 2*time.Second)
-		err := f.sync(ctx)
-		cancel()
+		err := f.sync(f.ctx)
 		switch {
 		case f.ctx.Err() != nil:
 			return
@@ -134,9 +133,7 @@ func (f *feed) follow() {
 
 // catchUp applies what a write of this node has changed before the write returns. If that fails the feed will: the change itself is made.
 func (f *feed) catchUp(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
-	defer cancel()
-	if err := f.sync(ctx); err != nil && f.ctx.Err() == nil {
+	if err := f.sync(context.WithoutCancel(ctx)); err != nil && f.ctx.Err() == nil {
 		f.log.Warn("tenancy: reading the changes failed; the feed tries again", "error", err)
 	}
 }
@@ -156,6 +153,8 @@ type change struct {
 func (f *feed) sync(ctx context.Context) error {
 	f.syncing.Lock()
 	defer f.syncing.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, syncTimeout)
+	defer cancel()
 	latest, changes, err := f.read(ctx)
 	if err != nil {
 		if time.Since(f.heard) > f.tn.cfg.Lookups.StaleGrace && f.tn.view.stale.CompareAndSwap(false, true) {
@@ -164,6 +163,10 @@ func (f *feed) sync(ctx context.Context) error {
 		return err
 	}
 	f.heard = time.Now()
+	if f.tn.view.stale.Load() { // it was refused and not forgotten, and may be old by now
+		f.tn.view.forgetEverything()
+		f.tn.view.stale.Store(false)
+	}
 	before := f.epoch
 	if why := f.doubt(latest, changes); why != "" {
 		f.log.Warn("tenancy: forgetting everything that was cached", "reason", why, "epoch", f.epoch, "primary", latest)
@@ -184,7 +187,6 @@ func (f *feed) sync(ctx context.Context) error {
 			}
 		}
 	}
-	f.tn.view.stale.Store(false)
 	if f.epoch != before || time.Since(f.reported) >= reportPeriod {
 		return f.report(ctx)
 	}
@@ -243,6 +245,9 @@ func (f *feed) apply(ctx context.Context, c change) {
 		v.forgetTenant(c.tenant)
 		f.revise(ctx, c.tenant)
 	case "member":
+		if c.key == "" { // erased
+			v.users.forgetAll()
+		}
 		v.users.forget(UserKey(c.key))
 	case "domain":
 		v.domains.forget(c.key)
@@ -265,19 +270,14 @@ func (f *feed) review(ctx context.Context) {
 	}
 }
 
-// revise ends what is held for a tenant that is out of service or has moved on. A failed read
-// changes nothing here: the record is forgotten already, and each use reads it first.
+// revise ends what is held for a tenant that is out of service or has moved on. When that cannot be found out, all of it
+// is ended: the next use builds it again, after a look at the catalog.
 func (f *feed) revise(ctx context.Context, id ID) {
-	watchers := f.tn.watchers()
 	below := int64(math.MaxInt64)
-	r, err := f.tn.view.record(ctx, id)
-	switch {
-	case isUnavailable(err) || ctx.Err() != nil:
-		return
-	case err == nil && r.served("review") == nil:
+	if r, err := f.tn.view.record(ctx, id); err == nil && r.served("review") == nil {
 		below = r.tenant.Generation
 	}
-	for _, w := range watchers {
+	for _, w := range f.tn.watchers() {
 		w.retire(id, below)
 	}
 }
@@ -384,6 +384,7 @@ func (f *feed) poke() {
 func (f *feed) check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, validityBudget)
 	defer cancel()
+	defer context.AfterFunc(f.ctx, cancel)()
 	if err := f.sync(ctx); err != nil {
 		return err
 	}
@@ -415,7 +416,7 @@ func (c *Catalog) finishFences(ctx context.Context) error {
 }
 
 func (c *Catalog) finishFence(ctx context.Context, id ID) error {
-	release, err := c.tn.primary.lockTenant(ctx, id)
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
 	if err != nil {
 		return err
 	}
@@ -433,7 +434,7 @@ func (c *Catalog) finishFence(ctx context.Context, id ID) error {
 	return nil
 }
 
-// dropUnfinishedPlaces removes what a Prepare that died has left. A place that belongs to a tenant is its Create's to finish.
+// dropUnfinishedPlaces removes what a Prepare or a DropPlace that died has left. A place that belongs to a tenant is its Create's to finish.
 func (c *Catalog) dropUnfinishedPlaces(ctx context.Context) error {
 	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT d.id FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
 		WHERE d.state = 'intent' AND s.provisioner IS NOT NULL AND d.updated < now() - interval '1 hour'
@@ -446,10 +447,7 @@ func (c *Catalog) dropUnfinishedPlaces(ctx context.Context) error {
 	for _, id := range ids {
 		p, err := c.placeByID(ctx, id)
 		if err == nil {
-			err = dropPlace(ctx, p, &Receipt{})
-		}
-		if err == nil {
-			_, err = c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'dropped', sealed = '', updated = now() WHERE id = $1 AND state = 'intent'`, id)
+			err = c.dropUnused(ctx, p)
 		}
 		errs = append(errs, err)
 	}

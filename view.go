@@ -79,6 +79,21 @@ func (v *view) record(ctx context.Context, id ID) (*record, error) {
 	return r, nil
 }
 
+// recordAt is record for who builds something of the tenant's: it must be served, and not older than who asked knows it.
+func (v *view) recordAt(ctx context.Context, id ID, generation int64) (*record, error) {
+	r, err := v.record(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.served("build"); err != nil {
+		return nil, err
+	}
+	if r.tenant.Generation < generation {
+		return nil, fmt.Errorf("tenancy: generation %d was asked for, the catalog tells of %d", generation, r.tenant.Generation)
+	}
+	return r, nil
+}
+
 // lookupFailure tells a caller who left from a primary that did not answer.
 func lookupFailure(ctx context.Context, err error) error {
 	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {

@@ -126,7 +126,7 @@ CREATE TABLE tenancy.domains (
 );
 CREATE INDEX ON tenancy.domains (tenant);
 
--- Who did what to which tenant. Never updated.
+-- Who did what to which tenant. Only a purge touches it again, to take its members' keys out.
 CREATE TABLE tenancy.audit (
     id     bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     at     timestamptz NOT NULL DEFAULT now(),
