@@ -280,9 +280,15 @@ func withoutPassword(sql string) string {
 	return before
 }
 
+// isURL refuses what pgx reads as key=value settings: a jdbc: URL is one, and would go with its
+// password to the nearest socket.
+func isURL(s string) bool {
+	return strings.HasPrefix(s, "postgres://") || strings.HasPrefix(s, "postgresql://")
+}
+
 func connectAdmin(ctx context.Context, field, url, database string) (*pgx.Conn, error) {
 	cc, err := pgx.ParseConfig(url)
-	if err != nil {
+	if err != nil || !isURL(url) {
 		return nil, invalid(fmt.Errorf("AdminConfig.%s: not a PostgreSQL URL", field))
 	}
 	if database != "" {

@@ -147,12 +147,17 @@ func TestInitRefuses(t *testing.T) {
 		class  error  // nil: the server's answer
 		says   string // a code of the server where class is nil
 	}{
-		"admin_url_missing":        {func(a *tenancy.AdminConfig) { a.AdminURL = "" }, tenancy.ErrInvalid, "AdminConfig.AdminURL"},
-		"admin_url_is_no_url":      {func(a *tenancy.AdminConfig) { a.AdminURL = "postgres://a:b c@host" }, tenancy.ErrInvalid, "AdminConfig.AdminURL"},
-		"admin_password_wrong":     {func(a *tenancy.AdminConfig) { a.AdminURL = as(f.AdminURL, super.User, "wrong", "postgres") }, nil, "28P01"},
-		"admin_without_rights":     {func(a *tenancy.AdminConfig) { a.AdminURL = f.PrimaryURL }, nil, "42501"},
-		"provisioner_is_superuser": {func(a *tenancy.AdminConfig) { a.Server.URL = as(f.ServerURL, name+"_catalog2", "x", name+"_tenants") }, tenancy.ErrInvalid, "is a superuser"},
-		"catalog_is_superuser":     {func(a *tenancy.AdminConfig) { a.PrimaryURL = as(f.ServerURL, name+"_catalog2", "x", name+"_primary") }, tenancy.ErrInvalid, "is a superuser"},
+		"admin_url_missing":    {func(a *tenancy.AdminConfig) { a.AdminURL = "" }, tenancy.ErrInvalid, "AdminConfig.AdminURL"},
+		"admin_url_is_no_url":  {func(a *tenancy.AdminConfig) { a.AdminURL = "postgres://a:b c@host" }, tenancy.ErrInvalid, "AdminConfig.AdminURL"},
+		"admin_url_is_jdbc":    {func(a *tenancy.AdminConfig) { a.AdminURL = "jdbc:postgresql://127.0.0.1/d?user=u&password=p" }, tenancy.ErrInvalid, "AdminConfig.AdminURL"},
+		"admin_password_wrong": {func(a *tenancy.AdminConfig) { a.AdminURL = as(f.AdminURL, super.User, "wrong", "postgres") }, nil, "28P01"},
+		"admin_without_rights": {func(a *tenancy.AdminConfig) { a.AdminURL = f.PrimaryURL }, nil, "42501"},
+		"provisioner_is_superuser": {func(a *tenancy.AdminConfig) {
+			*a = uninitialised(t, f)
+			a.Server.URL = as(f.ServerURL, name+"_catalog2", "x", name+"b_tenants")
+		}, tenancy.ErrInvalid, "is a superuser"},
+		"another_provisioner":  {func(a *tenancy.AdminConfig) { a.Server.URL = as(f.ServerURL, name+"_other", "x", name+"_tenants") }, tenancy.ErrInvalid, "only its password can change"},
+		"catalog_is_superuser": {func(a *tenancy.AdminConfig) { a.PrimaryURL = as(f.ServerURL, name+"_catalog2", "x", name+"_primary") }, tenancy.ErrInvalid, "is a superuser"},
 		"one_database_for_both": {func(a *tenancy.AdminConfig) {
 			a.Server.URL = as(f.ServerURL, name+"_provisioner", "x", name+"_primary")
 		}, tenancy.ErrInvalid, "databases of their own"},

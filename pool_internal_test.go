@@ -127,6 +127,7 @@ func (f *poolFixture) set(id ID, change func(*record)) {
 	f.records[id] = &r
 	f.mu.Unlock()
 	f.tn.view.records.forget(id)
+	f.tn.view.changes.Add(1)
 }
 
 func (f *poolFixture) sql(sql string) {

@@ -222,7 +222,7 @@ func (m *machine) drawBurst(rt *rapid.T, during func()) {
 	seed := rapid.Uint64().Draw(rt, "burst")
 	statements := rapid.IntRange(50, 200).Draw(rt, "statements")
 	among := m.everyone()
-	if alone := rapid.IntRange(0, 2*most).Draw(rt, "alone"); alone < len(among) {
+	if alone := rapid.IntRange(0, 2*most).Draw(rt, "alone"); alone < len(among) && len(among) > fewest {
 		among = append(among[:alone:alone], among[alone+1:]...) // one has a rest, long enough to lose its pool now and then
 	}
 	m.burst(seed, statements, among, during)

@@ -62,7 +62,7 @@ func NewRegistry[T any](tn *Tenancy, cfg RegistryConfig[T]) (*Registry[T], error
 			if err != nil {
 				return value, err
 			}
-			return cfg.Build(withSession(ctx, Session{tenant: &rec.tenant, source: "registry"}), rec.tenant)
+			return cfg.Build(withSession(ctx, Session{tenant: &rec.tenant, record: rec, source: "registry"}), rec.tenant)
 		},
 		Close: func(value T) {
 			if cfg.Close == nil {

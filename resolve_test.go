@@ -82,6 +82,7 @@ func TestResolveFollowsTheRules(t *testing.T) {
 		"nobody_at_a_place_gets_its_tenant":              {"", []tenancy.Hint{domain("ACME.example.com.")}, "acme", nil},
 		"nobody_at_an_unknown_place_is_not_found":        {"", []tenancy.Hint{domain("nowhere.example.com")}, "", tenancy.ErrTenantNotFound},
 		"nobody_may_choose":                              {"", []tenancy.Hint{choice("acme")}, "host", nil},
+		"nobody_has_no_identity":                         {"", []tenancy.Hint{{Source: "claim", Trust: tenancy.Identity, By: tenancy.ByName, Value: "acme"}}, "host", nil},
 		"a_key_that_is_too_long_is_refused":              {tenancy.UserKey(strings.Repeat("x", 257)), nil, "", tenancy.ErrInvalid},
 		"a_key_with_a_control_character_is_refused":      {"a\x00b", nil, "", tenancy.ErrInvalid},
 		"an_id_of_another_tenant_is_refused":             {"alice@acme.test", []tenancy.Hint{{Source: "claim", Trust: tenancy.Identity, By: tenancy.ByID, Value: "999999"}}, "", tenancy.ErrForbidden},

@@ -123,7 +123,7 @@ func (tn *Tenancy) Resolve(ctx context.Context, q Query) (context.Context, error
 		}
 		return nil, wrapOp(op, res.Tenant, err)
 	}
-	s.tenant = &r.tenant
+	s.tenant, s.record = &r.tenant, r
 	return withSession(ctx, s), nil
 }
 
@@ -142,7 +142,7 @@ func (tn *Tenancy) Enter(ctx context.Context, id ID) (context.Context, error) {
 	if err != nil {
 		return nil, wrapOp("enter", id, err)
 	}
-	s := Session{tenant: &r.tenant, source: "enter"}
+	s := Session{tenant: &r.tenant, record: r, source: "enter"}
 	if from := sessionOf(ctx); from != nil {
 		s.user = from.user
 	}
@@ -159,9 +159,12 @@ func (tn *Tenancy) current(ctx context.Context, op string) (*record, error) {
 	if s.tenant.realm != tn.realm {
 		return nil, wrapOp(op, s.tenant.ID, hinted(ErrTenantMismatch, "the context's tenant belongs to another primary"))
 	}
-	r, err := tn.view.record(ctx, s.tenant.ID)
-	if err != nil {
-		return nil, wrapOp(op, s.tenant.ID, err)
+	r := s.record
+	if !tn.view.current(r) {
+		var err error
+		if r, err = tn.view.record(ctx, s.tenant.ID); err != nil {
+			return nil, wrapOp(op, s.tenant.ID, err)
+		}
 	}
 	if r.tenant.State != StateActive || r.sourceErr != nil {
 		return nil, r.served(op)

@@ -14,6 +14,7 @@ type Session struct {
 	role   Role
 	source string
 	tenant *Tenant // shared and never written; nil: none
+	record *record // where tenant was read, when it was; a checkout asks whether it is still current
 	host   bool
 }
 

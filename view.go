@@ -19,18 +19,24 @@ type view struct {
 	domains *lookup[string, ID]
 	users   *lookup[UserKey, []member]
 
+	// changes counts what was forgotten of tenants. A record that was looked up at the present
+	// count is current, and need not be looked up again.
+	changes atomic.Uint64
+
 	// stale is set by the feed when the primary has been silent for longer than StaleGrace.
 	// From then on nothing that was remembered is believed.
 	stale atomic.Bool
 }
 
-// record is one tenant as the catalog last told it: immutable, and replaced as a whole.
+// record is one tenant as the catalog last told it: immutable but for checked, and replaced as a whole.
 type record struct {
 	tenant     Tenant
 	message    string
 	retryAfter time.Duration
 	source     DataSource // how to reach its data, with the password
 	sourceErr  error      // why source is unusable: this tenant is refused, the others are not
+
+	checked uint64 // atomic: view.changes, one more, when this record was last looked up
 }
 
 // Format keeps the login inside from being printed by a stray %+v.
@@ -69,6 +75,7 @@ func (v *view) record(ctx context.Context, id ID) (*record, error) {
 	if v.stale.Load() {
 		return nil, errStale
 	}
+	now := v.changes.Load() + 1 // before the look-up: what changes meanwhile is not in it
 	r, found, err := v.records.get(ctx, id)
 	if err != nil {
 		return nil, lookupFailure(ctx, err)
@@ -76,7 +83,16 @@ func (v *view) record(ctx context.Context, id ID) (*record, error) {
 	if !found {
 		return nil, ErrTenantNotFound
 	}
+	if atomic.LoadUint64(&r.checked) != now { // mostly so already, and then the line stays shared between processors
+		atomic.StoreUint64(&r.checked, now)
+	}
 	return r, nil
+}
+
+// current reports whether nothing that could concern r was forgotten since it was looked up: two loads, where a look-up is a
+// lock and a move in a list.
+func (v *view) current(r *record) bool {
+	return r != nil && atomic.LoadUint64(&r.checked) == v.changes.Load()+1 && !v.stale.Load()
 }
 
 // recordAt is record for who builds something of the tenant's: it must be served, and not older than who asked knows it.
@@ -111,12 +127,14 @@ func (v *view) forgetEverything() {
 	v.names.forgetAll()
 	v.domains.forgetAll()
 	v.users.forgetAll()
+	v.changes.Add(1) // after the forgetting: who reads the new count finds the old records gone
 }
 
 // forgetTenant forgets one tenant, and every name and every answer "unknown": the change may be a rename or a birth.
 func (v *view) forgetTenant(id ID) {
 	v.records.forget(id)
 	v.names.forgetAll()
+	v.changes.Add(1) // after the forgetting: who reads the new count finds the old record gone
 }
 
 // served says whether the tenant may be served now, as an error of the state's class.
