@@ -70,6 +70,8 @@ type Resolution struct {
 	Role   Role   // in Tenant; "" for a caller who is not logged in
 	Host   bool   // no tenant: a host user, or nobody
 	Source string // what decided
+
+	record *record // the tenant's, where the default resolver had it at hand; believed only while it is current
 }
 
 // AmbiguousError is a user with several tenants and no default, whose request names none.
@@ -113,7 +115,10 @@ func (tn *Tenancy) Resolve(ctx context.Context, q Query) (context.Context, error
 		}
 		return withSession(ctx, s), nil
 	}
-	r, err := tn.view.record(ctx, res.Tenant)
+	r := res.record
+	if !tn.view.current(r) || r.tenant.ID != res.Tenant {
+		r, err = tn.view.record(ctx, res.Tenant)
+	}
 	if err == nil {
 		err = r.served(op)
 	}
@@ -207,7 +212,7 @@ func (r *defaultResolver) ResolveTenant(ctx context.Context, q Query) (Resolutio
 	if hint.given {
 		for _, m := range members {
 			if m.tenant == hint.id {
-				return Resolution{Tenant: m.tenant, Role: m.role, Source: hint.source}, nil
+				return r.member(ctx, m, hint.source), nil
 			}
 		}
 		return Resolution{}, ErrForbidden
@@ -220,10 +225,23 @@ func (r *defaultResolver) ResolveTenant(ctx context.Context, q Query) (Resolutio
 	}
 	for _, m := range members {
 		if m.isDefault || len(members) == 1 {
-			return Resolution{Tenant: m.tenant, Role: m.role, Source: "membership"}, nil
+			return r.member(ctx, m, "membership"), nil
 		}
 	}
 	return Resolution{}, r.ambiguous(ctx, members)
+}
+
+// member is the answer for a membership, with the tenant's record. A record that cannot be had is not
+// decided on here: the library asks for it again, and refuses.
+func (r *defaultResolver) member(ctx context.Context, m *member, source string) Resolution {
+	rec := m.record.Load()
+	if !r.view.current(rec) {
+		var err error
+		if rec, err = r.view.record(ctx, m.tenant); err == nil {
+			m.record.Store(rec)
+		}
+	}
+	return Resolution{Tenant: m.tenant, Role: m.role, Source: source, record: rec}
 }
 
 // verdict is what all hints of a request say together.
@@ -284,7 +302,7 @@ func (r *defaultResolver) find(ctx context.Context, h Hint) (id ID, err error) {
 }
 
 // ambiguous names the user's own choices, without the tenants that are out of service.
-func (r *defaultResolver) ambiguous(ctx context.Context, members []member) error {
+func (r *defaultResolver) ambiguous(ctx context.Context, members []*member) error {
 	e := &AmbiguousError{}
 	for _, m := range members {
 		rec, err := r.view.record(ctx, m.tenant)

@@ -17,7 +17,7 @@ type view struct {
 	records *lookup[ID, *record]
 	names   *lookup[string, ID]
 	domains *lookup[string, ID]
-	users   *lookup[UserKey, []member]
+	users   *lookup[UserKey, []*member]
 
 	// changes counts what was forgotten of tenants. A record that was looked up at the present
 	// count is current, and need not be looked up again.
@@ -49,6 +49,7 @@ type member struct {
 	tenant    ID
 	role      Role
 	isDefault bool
+	record    atomic.Pointer[record] // the tenant's, as last looked up for this user; used while it is current
 }
 
 func newView(primary *primaryDB, cfg LookupConfig) (*view, error) {
@@ -186,9 +187,10 @@ func (v *view) loadID(ctx context.Context, sql, key string) (ID, bool, error) {
 	return id, err == nil, err
 }
 
-func (v *view) loadUser(ctx context.Context, key UserKey) ([]member, bool, error) {
+func (v *view) loadUser(ctx context.Context, key UserKey) ([]*member, bool, error) {
 	rows, _ := v.primary.pool.Query(ctx, `SELECT tenant, role, is_default FROM tenancy.memberships WHERE user_key = $1 ORDER BY tenant`, key)
-	members, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (m member, err error) {
+	members, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (*member, error) {
+		m := new(member)
 		return m, row.Scan(&m.tenant, &m.role, &m.isDefault)
 	})
 	return members, len(members) > 0, err
