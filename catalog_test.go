@@ -318,8 +318,22 @@ func TestAnUnfinishedTenantCanBeDeletedAndPurged(t *testing.T) {
 	if err := broken.Catalog().Restore(t.Context(), id); !errors.Is(err, tenancy.ErrTenantNotReady) {
 		t.Errorf("restore: %v, want ErrTenantNotReady", err)
 	}
-	if _, err := broken.Catalog().Purge(t.Context(), id, "acme"); err != nil {
-		t.Fatal(err)
+	mended := f.Open(t, tenancy.Config{Migrations: noteMigrations})
+	if got, err := mended.Catalog().Create(t.Context(), tenancy.NewTenant{Name: "acme"}); err != nil || got.ID != id {
+		t.Errorf("the same request after Restore: %+v, %v", got, err)
+	}
+	must(t, login(t, mended, id), `INSERT INTO notes (tenant, title) VALUES ('acme', 'acme')`)
+	if _, err := broken.Catalog().Create(t.Context(), tenancy.NewTenant{Name: "globex"}); err == nil {
+		t.Fatal("a broken migration passed")
+	}
+	for _, name := range []string{"acme", "globex"} {
+		id := mustTenant(t, broken, name).ID
+		if err := broken.Catalog().Delete(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := broken.Catalog().Purge(t.Context(), id, name); err != nil {
+			t.Fatal(err)
+		}
 	}
 	assertNoOrphans(t, f, 0)
 }

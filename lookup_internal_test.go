@@ -87,7 +87,7 @@ func TestLookupFoundNeverExpiresAndMissingDoes(t *testing.T) {
 		time.Sleep(5*time.Second - 1)
 		wantLookup(t, l, "b", "", false)
 		s.wantLoads(t, 2)
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		wantLookup(t, l, "b", "2", true)
 		s.wantLoads(t, 3)
 		time.Sleep(10_000 * time.Hour)
