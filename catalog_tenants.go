@@ -33,14 +33,11 @@ func (n *NewTenant) check() error {
 	if err := ident.Slug(n.Name); err != nil {
 		return invalid(fmt.Errorf("name: %w", err))
 	}
-	display, err := ident.DisplayName(n.DisplayName)
-	if err != nil {
-		return invalid(fmt.Errorf("display name: %w", err))
+	profile := Profile{DisplayName: n.DisplayName, MaxUsers: n.MaxUsers, Attributes: n.Attributes}
+	if err := profile.check(); err != nil {
+		return err
 	}
-	n.DisplayName = display
-	if n.MaxUsers < 0 || n.MaxUsers > 1<<31-1 {
-		return invalid(fmt.Errorf("max users: %d is not from 0 to %d", n.MaxUsers, 1<<31-1))
-	}
+	n.DisplayName, n.Attributes = profile.DisplayName, profile.Attributes
 	if n.Admin != "" {
 		if err := ident.UserKey(string(n.Admin)); err != nil {
 			return invalid(fmt.Errorf("admin: %w", err))
@@ -48,18 +45,14 @@ func (n *NewTenant) check() error {
 	}
 	domains := make([]string, len(n.Domains))
 	for i, d := range n.Domains {
-		if domains[i], err = ident.Domain(d); err != nil {
+		canonical, err := ident.Domain(d)
+		if err != nil {
 			return invalid(fmt.Errorf("domains[%d]: %w", i, err))
 		}
+		domains[i] = canonical
 	}
 	slices.Sort(domains) // two requests lock them in one order
 	n.Domains = slices.Compact(domains)
-	if n.Attributes == nil {
-		n.Attributes = map[string]any{}
-	}
-	if text, err := json.Marshal(n.Attributes); err != nil || len(text) > 64<<10 {
-		return invalid(errors.New("attributes: JSON of at most 64 KB"))
-	}
 	if n.DataSource != nil {
 		if n.Server != "" {
 			return invalid(errors.New("server: a data source says where it lives; give one of the two"))
