@@ -79,8 +79,8 @@ func (n *NewTenant) intent() []byte {
 // returns it once it is active. Every node serves it from then on.
 //
 // It blocks until the tenant is active. The same call again, on any node, resumes one that died
-// half-way and joins one that is running; for a name that is taken by anything else the error
-// is [ErrTenantExists]. Cancelling ctx ends the work between two steps; what was made is found by the next call.
+// half-way and joins one that is running; for a name that is taken by anything else, also by a Create of the
+// same request that has ended before, the error is [ErrTenantExists]. Cancelling ctx ends the work between two steps; what was made is found by the next call.
 //
 // The error is [ErrInvalid], [ErrTenantExists], [ErrNoMigrations], [ErrNoProvisioner], [ErrInProgress],
 // [ErrPrimaryUnavailable] or that of the server or a migration.

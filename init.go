@@ -219,6 +219,9 @@ func initTenants(ctx context.Context, adminURL string, d DataSource, extensions 
 		return err
 	}
 	defer closeConn(conn)
+	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtextextended('tenancy init', 0))`); err != nil {
+		return fmt.Errorf("tenancy: init: %w", err)
+	}
 	group, provisioner := ident.Quote(tenantsRole(d.Database)), ident.Quote(d.User)
 	steps := []string{"REVOKE ALL ON SCHEMA public FROM PUBLIC"}
 	for _, schema := range []string{extSchema, refSchema} {

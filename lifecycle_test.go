@@ -146,6 +146,9 @@ func TestVerbsDoNotDeadlock(t *testing.T) {
 	first := tenancytest.Create(t, tn, "first")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
+	if err := c.AddMember(ctx, tenancy.Membership{User: "alice", Tenant: first.ID}); err != nil {
+		t.Fatal(err)
+	}
 	var wg sync.WaitGroup
 	stop := make(chan struct{})
 	busy := func(verb func() error) {
@@ -166,9 +169,6 @@ func TestVerbsDoNotDeadlock(t *testing.T) {
 	busy(func() error { return c.AddMember(ctx, tenancy.Membership{User: "alice", Tenant: first.ID}) })
 	busy(func() error { return c.SetDefault(ctx, "alice", first.ID) })
 	busy(func() error { _, err := tn.Migrator().All(ctx); return err })
-	if err := c.AddMember(ctx, tenancy.Membership{User: "alice", Tenant: first.ID}); err != nil {
-		t.Fatal(err)
-	}
 	var made sync.WaitGroup
 	for i := range 6 {
 		made.Go(func() {

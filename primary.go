@@ -61,7 +61,7 @@ func openPrimary(ctx context.Context, cfg Config) (*primaryDB, error) {
 // primaryConfig parses the URL of the primary. The parser's own error can hold the password, so it is not passed on.
 func primaryConfig(url string, connectTimeout time.Duration) (*pgxpool.Config, error) {
 	pc, err := pgxpool.ParseConfig(url)
-	if err != nil {
+	if err != nil || !isURL(url) {
 		return nil, invalid(errors.New("not a PostgreSQL URL: postgres://user:password@host:port/database"))
 	}
 	for _, f := range pc.ConnConfig.Fallbacks {

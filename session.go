@@ -2,6 +2,7 @@ package tenancy
 
 import (
 	"context"
+	"fmt"
 	"time"
 )
 
@@ -39,6 +40,15 @@ func (s Session) Tenant() (Tenant, bool) {
 // Source names what decided on the tenant: "membership", "enter", "detached host" or the name of a hint's source.
 func (s Session) Source() string { return s.source }
 
+// Format writes user, role, tenant and source, whatever the verb.
+func (s Session) Format(f fmt.State, _ rune) {
+	name := "none"
+	if s.tenant != nil {
+		name = fmt.Sprintf("%q (id %d)", s.tenant.Name, s.tenant.ID)
+	}
+	fmt.Fprintf(f, "session of user %q, role %q, tenant %s, by %s", string(s.user), string(s.role), name, s.source)
+}
+
 // sessionKey is the key of the session on a context; its address is the identity.
 type sessionKey struct{}
 
@@ -55,6 +65,9 @@ func (c *sessionContext) Value(key any) any {
 	}
 	return c.Context.Value(key)
 }
+
+// Format writes the session alone, whatever the verb: a context is printed by accident, with all that it points to.
+func (c *sessionContext) Format(f fmt.State, _ rune) { fmt.Fprintf(f, "context with %v", c.session) }
 
 func withSession(ctx context.Context, s Session) context.Context {
 	return &sessionContext{Context: ctx, session: s}

@@ -58,6 +58,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -90,6 +91,27 @@ type Tenancy struct {
 	ended      chan struct{} // closed when the first Shutdown is over; nil before one began
 	endErr     error
 }
+
+// Format writes a name, whatever the verb: what a Tenancy points to holds logins and keys, and fmt would follow it.
+// So have the other types that hold one.
+func (tn *Tenancy) Format(f fmt.State, _ rune) { writeName(f, "tenancy.Tenancy") }
+
+// Format writes a name, whatever the verb.
+func (c *Catalog) Format(f fmt.State, _ rune) { writeName(f, "tenancy.Catalog") }
+
+// Format writes a name, whatever the verb.
+func (m *Migrator) Format(f fmt.State, _ rune) { writeName(f, "tenancy.Migrator") }
+
+// Format writes a name, whatever the verb.
+func (db *TenantAwareDB) Format(f fmt.State, _ rune) { writeName(f, "tenancy.TenantAwareDB") }
+
+// Format writes a name, whatever the verb.
+func (r *Registry[T]) Format(f fmt.State, _ rune) { writeName(f, "tenancy.Registry") }
+
+// Format writes a name, whatever the verb.
+func (c *Cache[K, V]) Format(f fmt.State, _ rune) { writeName(f, "tenancy.Cache") }
+
+func writeName(w io.Writer, name string) { _, _ = io.WriteString(w, name) }
 
 // closer is a registry that ends before the pools do.
 type closer interface {
@@ -181,7 +203,7 @@ func (tn *Tenancy) verifyServers(ctx context.Context) error {
 
 func openHost(ctx context.Context, cfg Config) (*pgxpool.Pool, error) {
 	pc, err := pgxpool.ParseConfig(cfg.HostURL)
-	if err != nil {
+	if err != nil || !isURL(cfg.HostURL) {
 		return nil, invalid(errors.New("Config.HostURL: not a PostgreSQL URL"))
 	}
 	pc.ConnConfig.ConnectTimeout = cfg.Limits.ConnectTimeout

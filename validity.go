@@ -324,13 +324,17 @@ func (f *feed) awaitNodes(ctx context.Context) error {
 
 // listenForever keeps one connection that hears notifications. While it is away the poll goes on.
 func (f *feed) listenForever() {
+	quiet := false // one line for an outage, not one for each try
 	for wait := 50 * time.Millisecond; f.ctx.Err() == nil; {
 		began := time.Now()
-		err := f.listenOnce()
+		listened, err := f.listenOnce()
 		if f.ctx.Err() != nil {
 			return
 		}
-		f.log.Warn("tenancy: the notification connection was lost; polling until it is back", "error", withoutSecrets(err))
+		if listened || !quiet {
+			f.log.Warn("tenancy: the notification connection was lost; polling until it is back", "error", withoutSecrets(err))
+			quiet = true
+		}
 		if time.Since(began) > 30*time.Second {
 			wait = 50 * time.Millisecond
 		}
@@ -342,14 +346,15 @@ func (f *feed) listenForever() {
 	}
 }
 
-func (f *feed) listenOnce() error {
+// listenOnce hears notifications until the connection fails, and says whether it came so far.
+func (f *feed) listenOnce() (listened bool, err error) {
 	conn, err := pgx.ConnectConfig(f.ctx, f.listen)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer closeConn(conn)
 	if _, err := conn.Exec(f.ctx, `LISTEN tenancy`); err != nil {
-		return err
+		return false, err
 	}
 	for {
 		f.poke() // LISTEN first, then read: what was sent before is in the changes
@@ -358,17 +363,17 @@ func (f *feed) listenOnce() error {
 		cancel()
 		switch {
 		case f.ctx.Err() != nil:
-			return f.ctx.Err()
+			return true, f.ctx.Err()
 		case err == nil:
 		case errors.Is(err, context.DeadlineExceeded): // silence: is anybody there?
 			ctx, cancel := context.WithTimeout(f.ctx, 2*time.Second)
 			err := conn.Ping(ctx)
 			cancel()
 			if err != nil {
-				return err
+				return true, err
 			}
 		default:
-			return err
+			return true, err
 		}
 	}
 }
