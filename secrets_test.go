@@ -166,11 +166,9 @@ func TestNoSecretIsShownAnywhere(t *testing.T) {
 	session, _ := tenancy.FromContext(enter)
 	for _, v := range []any{cfg, &cfg, admin, &admin, admin.Server, &admin.Server, source, &source, d, keys, &keys, a,
 		tenancy.NewTenant{Name: "acme", DataSource: &source}, []tenancy.DataSource{source}, map[string]any{"source": source, "config": cfg},
+		session, &session, enter, tn, tn.Catalog(), tn.DB(), tn.Migrator(), struct{ DB *tenancy.TenantAwareDB }{tn.DB()},
 		struct{ Config tenancy.Config }{cfg}, &tenancy.SetupError{Missing: []tenancy.Finding{{What: "w", Fix: "f"}}}} {
 		out.show(v)
-	}
-	for _, verb := range []string{"%v", "%+v", "%#v"} {
-		fmt.Fprintf(&out, verb, session)
 	}
 
 	// Every failure that can be provoked. Each must fail.
