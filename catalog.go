@@ -139,26 +139,6 @@ func newUID() UID {
 	return u
 }
 
-// AddServer registers a further database in which tenants can live, set up with [Init]. Known
-// by its address, it gets the new provisioner login; its name stays.
-func (c *Catalog) AddServer(ctx context.Context, s ServerConfig) error {
-	name, d, err := s.parse()
-	if err != nil {
-		return err
-	}
-	if err := c.tn.primary.sameProvisioner(ctx, d); err != nil {
-		return err
-	}
-	if err := verifyServer(ctx, d, c.tn.cfg.Extensions); err != nil {
-		return fmt.Errorf("tenancy: add server %q: %w", name, err)
-	}
-	if err := c.tn.primary.registerServer(ctx, name, d); err != nil {
-		return err
-	}
-	c.tn.feed.catchUp(ctx)
-	return nil
-}
-
 // Rename gives the tenant another unique name. IDs, data and logins stay as they are.
 // The error is [ErrInvalid], [ErrTenantExists] (the name is taken, by a tombstone too), [ErrTenantNotFound], [ErrTenantGone] or [ErrPrimaryUnavailable].
 func (c *Catalog) Rename(ctx context.Context, id ID, name string) error {

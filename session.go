@@ -3,7 +3,6 @@ package tenancy
 import (
 	"context"
 	"fmt"
-	"time"
 )
 
 // Session is what a context carries about its caller: who, for which tenant, in which role.
@@ -119,11 +118,4 @@ func AsHost(ctx context.Context) context.Context {
 		s.user = from.user
 	}
 	return withSession(ctx, s)
-}
-
-// Suspension says why a tenant is not served, to its members and to the operator.
-type Suspension struct {
-	Message     string        // shown to the tenant's members; at most 500 bytes; "" shows none
-	Maintenance bool          // true: StateMaintenance, 503 with RetryAfter; false: StateSuspended, 403
-	RetryAfter  time.Duration // for maintenance; 0 means 60 s
 }

@@ -317,25 +317,3 @@ func (tn *Tenancy) watchers() []follower {
 	defer tn.mu.Unlock()
 	return slices.Clone(tn.followers)
 }
-
-// provisioners returns the registered servers' provisioner logins.
-func (p *primaryDB) provisioners(ctx context.Context) ([]DataSource, error) {
-	rows, err := p.pool.Query(ctx, `SELECT provisioner FROM tenancy.servers WHERE provisioner IS NOT NULL ORDER BY id`)
-	if err != nil {
-		return nil, unavailable("read servers", err)
-	}
-	defer rows.Close()
-	var list []DataSource
-	for rows.Next() {
-		var sealed []byte
-		if err := rows.Scan(&sealed); err != nil {
-			return nil, unavailable("read servers", err)
-		}
-		d, err := p.openSource(UID(p.realm.Value()), "provisioner", sealed)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, d)
-	}
-	return list, unavailable("read servers", rows.Err())
-}

@@ -1,0 +1,248 @@
+package tenancy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/msmt-go/tenancy/internal/ident"
+)
+
+// Prepare makes an empty, migrated place on a registered server and returns its data source,
+// with the password. With an ID the place is for that tenant to move to, by
+// [Catalog.SetDataSource]; with 0 it is for a new one, by [NewTenant.DataSource]. Nothing uses it before.
+// The error is as that of Create.
+func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource, error) {
+	fail := func(err error) (DataSource, error) {
+		return DataSource{}, &Error{Op: "prepare", Tenant: id, Err: err}
+	}
+	if c.tn.migrations.empty() {
+		return fail(errNoMigrations)
+	}
+	uid := newUID()
+	if id != 0 {
+		held, release, err := c.tn.primary.lockTenant(ctx, id)
+		if err != nil {
+			return fail(err)
+		}
+		defer release()
+		ctx = held
+		t, err := c.Tenant(ctx, id)
+		if err != nil {
+			return fail(err)
+		}
+		if t.State == StateDeleted || t.State == StatePurged {
+			return fail(ErrTenantGone)
+		}
+		uid = t.UID
+	}
+	var source int64
+	err := pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) (err error) {
+		if source, err = c.intendPlace(ctx, tx, uid, server); err != nil {
+			return err
+		}
+		return audit(ctx, tx, "prepare", id, map[string]any{"server": server})
+	})
+	if err != nil {
+		return fail(refusal("prepare", err))
+	}
+	p, err := c.placeByID(ctx, source)
+	if err != nil {
+		return fail(err)
+	}
+	done, err := c.tn.slot(ctx)
+	if err != nil {
+		return fail(err)
+	}
+	defer done()
+	if err := c.make(ctx, p); err != nil {
+		return fail(err)
+	}
+	tag, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'made', version = $2, updated = now() WHERE id = $1 AND state = 'intent'`, p.id, p.version)
+	if err != nil {
+		return fail(unavailable("prepare", err))
+	}
+	if tag.RowsAffected() == 0 {
+		return fail(errOvertaken)
+	}
+	return p.source, nil
+}
+
+// SetDataSource moves the tenant to another place, which [Catalog.Prepare] made for it and the
+// operator filled. The place is proved to be the tenant's own before anything moves; every node
+// then opens new pools and lets the old ones drain. The old place stays as it is.
+//
+// The error is [ErrInvalid], [ErrIdentity] (the place is another tenant's), [ErrTenantNotFound], [ErrTenantGone], [ErrInProgress] or [ErrPrimaryUnavailable].
+func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err error) {
+	const op = "set data source"
+	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
+	if err := d.validate(); err != nil {
+		return fail(invalid(fmt.Errorf("data source: %w", err)))
+	}
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
+	if err != nil {
+		return fail(err)
+	}
+	defer release()
+	now, err := c.place(ctx, id)
+	if err != nil {
+		return fail(err)
+	}
+	uid, source, err := c.prepared(ctx, c.tn.primary.pool, d)
+	if err != nil {
+		return fail(refusal(op, err))
+	}
+	if uid != now.tenant.UID {
+		return fail(hinted(ErrIdentity, "the place was prepared for another tenant; nothing was moved"))
+	}
+	to, err := c.placeByID(ctx, source)
+	if err != nil {
+		return fail(err)
+	}
+	to.tenant, to.source = now.tenant, d // prove the login as given
+	if err := c.openPlace(ctx, to); err != nil {
+		return fail(err)
+	}
+	if now.tenant.State != StateActive { // the place was opened to be proved
+		defer func() { err = errors.Join(err, fencePlace(context.WithoutCancel(ctx), to)) }()
+	}
+	return c.write(ctx, op, id, func(tx pgx.Tx) error {
+		state, err := lockRow(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		if state == StateDeleted {
+			return ErrTenantGone
+		}
+		sealed, err := c.tn.primary.sealSource(uid, "data_source", d)
+		if err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET sealed = $2, updated = now() WHERE id = $1`, source, sealed); err != nil {
+			return err
+		}
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2, generation = generation + 1, updated = now()
+			WHERE id = $1 AND generation = $3`, id, source, now.tenant.Generation)
+		if err != nil {
+			return err
+		}
+		if tag.RowsAffected() == 0 {
+			return errOvertaken
+		}
+		if err := audit(ctx, tx, op, id, map[string]any{"address": d.Address(), "schema": d.Schema}); err != nil {
+			return err
+		}
+		return changed(ctx, tx, "tenant", id, "")
+	})
+}
+
+// DropPlace drops a place that no tenant uses, for good: one that [Catalog.Prepare] made and nobody took, or one that a
+// tenant has moved away from. A place in use is [ErrInvalid], as is one that is not known. Other errors are [ErrNoProvisioner] and [ErrPrimaryUnavailable].
+func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
+	fail := func(err error) error { return &Error{Op: "drop place", Err: err} }
+	_, source, err := c.prepared(ctx, c.tn.primary.pool, d)
+	if err != nil {
+		return fail(refusal("drop place", err))
+	}
+	p, err := c.placeByID(ctx, source)
+	if err != nil {
+		return fail(err)
+	}
+	// Marked before it is dropped: from here on no tenant can take it, and the validity job finishes what a crash leaves.
+	tag, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources d SET state = 'intent', updated = now()
+		WHERE id = $1 AND state = 'made' AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)`, source)
+	if err != nil {
+		return fail(unavailable("drop place", err))
+	}
+	if tag.RowsAffected() == 0 {
+		return fail(invalid(errors.New("data source: a tenant uses this place")))
+	}
+	if err := c.dropUnused(ctx, p); err != nil {
+		return fail(err)
+	}
+	return nil
+}
+
+// dropUnused drops a place in state intent.
+func (c *Catalog) dropUnused(ctx context.Context, p *place) error {
+	if err := dropPlace(ctx, p, &Receipt{}); err != nil {
+		return err
+	}
+	_, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'dropped', sealed = '', updated = now() WHERE id = $1 AND state = 'intent'`, p.id)
+	return unavailable("drop place", err)
+}
+
+// prepared finds the place that d names among those that Prepare made.
+func (c *Catalog) prepared(ctx context.Context, q querier, d DataSource) (uid UID, source int64, err error) {
+	err = q.QueryRow(ctx, `SELECT d.uid, d.id FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
+		WHERE s.host = $1 AND s.port = $2 AND s.database = $3 AND d.schema = $4 AND d.login = $5 AND d.state = 'made'`,
+		d.Host, d.Port, d.Database, d.Schema, d.User).Scan(&uid, &source)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return uid, 0, invalid(fmt.Errorf("data source: %s schema %q with login %q is not a place that Catalog.Prepare made", d.Address(), d.Schema, d.User))
+	}
+	return uid, source, err
+}
+
+// placeByID reads a place that no tenant needs to use.
+func (c *Catalog) placeByID(ctx context.Context, id int64) (*place, error) {
+	p := place{id: id}
+	var sealed, provisioner []byte
+	db := c.tn.primary
+	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.version, d.server, d.owner, d.runtime, d.sealed, s.provisioner
+		FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE d.id = $1`, id).
+		Scan(&p.tenant.UID, &p.state, &p.version, &p.server, &p.owner, &p.runtime, &sealed, &provisioner)
+	if err != nil {
+		return nil, unavailable("read place", err)
+	}
+	p.tenant.realm = db.realm
+	if p.source, err = db.openSource(p.tenant.UID, "data_source", sealed); err != nil {
+		return nil, err
+	}
+	return &p, c.openProvisioner(&p, provisioner)
+}
+
+// placesOf returns every place that was made for the tenant: where it is first, then those that it has moved away from.
+func (c *Catalog) placesOf(ctx context.Context, t Tenant) ([]*place, error) {
+	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT id FROM tenancy.data_sources WHERE uid = $1 AND state <> 'dropped'
+		ORDER BY id = (SELECT data_source FROM tenancy.tenants WHERE uid = $1) DESC, id`, t.UID)
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[int64])
+	if err != nil {
+		return nil, unavailable("read places", err)
+	}
+	places := make([]*place, len(ids))
+	for i, id := range ids {
+		if places[i], err = c.placeByID(ctx, id); err != nil {
+			return nil, err
+		}
+		places[i].tenant = t
+	}
+	return places, nil
+}
+
+// openPlace lets the place's login in again after a fence, and proves it.
+func (c *Catalog) openPlace(ctx context.Context, p *place) error {
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	if err := execDDL(ctx, conn, "ALTER ROLE "+ident.Quote(p.source.User)+" LOGIN"); err != nil {
+		return err
+	}
+	return c.tn.proveLogin(ctx, p)
+}
+
+// fencePlace fences one place as its server's provisioner. One that was never made has nothing to fence.
+func fencePlace(ctx context.Context, p *place) error {
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	var made bool
+	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, p.source.User).Scan(&made); err != nil || !made {
+		return err
+	}
+	return fence(ctx, conn, p)
+}

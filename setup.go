@@ -1,0 +1,118 @@
+package tenancy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/msmt-go/tenancy/internal/ident"
+)
+
+// Finding is one thing that is missing, and the statement that mends it.
+type Finding struct{ What, Fix string }
+
+// SetupError lists what [Init] would have made and is missing. It matches [ErrSetup].
+type SetupError struct{ Missing []Finding }
+
+func (e *SetupError) Error() string {
+	var b strings.Builder
+	b.WriteString(ErrSetup.Error())
+	for _, f := range e.Missing {
+		b.WriteString(": " + f.What + "; mend it with: " + f.Fix)
+	}
+	return b.String()
+}
+
+func (e *SetupError) Unwrap() error { return ErrSetup }
+
+// check is one question to a server whose answer must be yes.
+type check struct{ sql, what, fix string }
+
+func ask(ctx context.Context, q querier, checks []check) error {
+	var e SetupError
+	for _, c := range checks {
+		var ok bool
+		if err := q.QueryRow(ctx, `SELECT coalesce((`+c.sql+`), false)`).Scan(&ok); err != nil {
+			return err
+		}
+		if !ok {
+			e.Missing = append(e.Missing, Finding{c.what, c.fix})
+		}
+	}
+	if len(e.Missing) > 0 {
+		return &e
+	}
+	return nil
+}
+
+// verify checks the primary's own privileges.
+func (p *primaryDB) verify(ctx context.Context) error {
+	database := p.pool.Config().ConnConfig.Database
+	err := ask(ctx, p.pool, []check{
+		{`NOT has_database_privilege('public', current_database(), 'CONNECT')`,
+			fmt.Sprintf("every role may connect to the primary %q", database),
+			fmt.Sprintf("REVOKE ALL ON DATABASE %s FROM PUBLIC;", ident.Quote(database))},
+		{`NOT has_schema_privilege('public', 'tenancy', 'USAGE')`,
+			"every role may use schema tenancy of the primary",
+			"REVOKE ALL ON SCHEMA tenancy FROM PUBLIC;"},
+	})
+	if err != nil && !errors.Is(err, ErrSetup) {
+		return unavailable("verify the primary", err)
+	}
+	return err
+}
+
+// verifyServer checks the provisioner and the tenants' database, asked as the provisioner.
+func verifyServer(ctx context.Context, d DataSource, extensions bool) error {
+	conn, err := connectProvisioner(ctx, d)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	login, database, group := ident.Quote(d.User), ident.Quote(d.Database), tenantsRole(d.Database)
+	me := `SELECT %s FROM pg_roles WHERE rolname = current_user`
+	checks := []check{
+		{fmt.Sprintf(me, "rolcreaterole"), fmt.Sprintf("the provisioner %q lacks CREATEROLE", d.User),
+			"ALTER ROLE " + login + " CREATEROLE;"},
+		{fmt.Sprintf(me, "NOT rolsuper AND NOT rolbypassrls AND NOT rolreplication"), fmt.Sprintf("the provisioner %q is a superuser, or may bypass row-level security or replicate", d.User),
+			"ALTER ROLE " + login + " NOSUPERUSER NOBYPASSRLS NOREPLICATION;"},
+		{`SELECT pg_get_userbyid(datdba) = current_user FROM pg_database WHERE datname = current_database()`,
+			fmt.Sprintf("the provisioner %q does not own the tenants' database %q", d.User, d.Database),
+			"ALTER DATABASE " + database + " OWNER TO " + login + ";"},
+		{`NOT has_database_privilege('public', current_database(), 'CONNECT')`,
+			fmt.Sprintf("every role may connect to the tenants' database %q", d.Database),
+			"REVOKE ALL ON DATABASE " + database + " FROM PUBLIC;"},
+		{`NOT has_schema_privilege('public', 'public', 'CREATE')`,
+			"every role may create in schema public of the tenants' database",
+			"REVOKE ALL ON SCHEMA public FROM PUBLIC; -- in database " + database},
+		{fmt.Sprintf(`SELECT count(*) = 1 FROM pg_roles WHERE rolname = %s`, ident.Literal(group)),
+			fmt.Sprintf("the role %q of all tenants is missing", group),
+			fmt.Sprintf("CREATE ROLE %s NOLOGIN;", ident.Quote(group))},
+		{fmt.Sprintf(`SELECT has_database_privilege(oid, current_database(), 'CONNECT') FROM pg_roles WHERE rolname = %s`, ident.Literal(group)),
+			fmt.Sprintf("the role %q of all tenants may not connect to the tenants' database %q", group, d.Database),
+			fmt.Sprintf("GRANT CONNECT, TEMPORARY ON DATABASE %s TO %s;", database, ident.Quote(group))},
+		{fmt.Sprintf(`SELECT pg_has_role(current_user, oid, 'MEMBER WITH ADMIN OPTION') FROM pg_roles WHERE rolname = %s`, ident.Literal(group)),
+			fmt.Sprintf("the provisioner %q may not grant the role %q of all tenants", d.User, group),
+			fmt.Sprintf("GRANT %s TO %s WITH ADMIN OPTION;", ident.Quote(group), login)},
+	}
+	for _, schema := range []string{extSchema, refSchema} {
+		if schema == extSchema && !extensions {
+			continue
+		}
+		of := `SELECT %s FROM pg_namespace n JOIN pg_roles r ON r.rolname = ` + ident.Literal(group) + ` WHERE nspname = ` + ident.Literal(schema)
+		checks = append(checks,
+			check{fmt.Sprintf(`to_regnamespace(%s) IS NOT NULL`, ident.Literal(schema)),
+				fmt.Sprintf("schema %s is missing in %q", schema, d.Database),
+				fmt.Sprintf("CREATE SCHEMA %s AUTHORIZATION %s; -- in database %s", schema, login, database)},
+			check{fmt.Sprintf(of, `has_schema_privilege(r.oid, n.oid, 'USAGE')`),
+				fmt.Sprintf("tenants may not use schema %s of %q", schema, d.Database),
+				fmt.Sprintf("GRANT USAGE ON SCHEMA %s TO %s; -- in database %s", schema, ident.Quote(group), database)},
+			check{fmt.Sprintf(of, `NOT has_schema_privilege(r.oid, n.oid, 'CREATE')`),
+				fmt.Sprintf("tenants may create in schema %s of %q", schema, d.Database),
+				fmt.Sprintf("REVOKE CREATE ON SCHEMA %s FROM PUBLIC, %s; -- in database %s", schema, ident.Quote(group), database)},
+		)
+	}
+	return ask(ctx, conn, slices.Clip(checks))
+}
