@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"time"
 )
 
@@ -41,7 +42,8 @@ func NewCache[K comparable, V any](tn *Tenancy, cfg CacheConfig) (*Cache[K, V], 
 	}
 	c := &Cache[K, V]{tn: tn}
 	var err error
-	c.entries, err = newLookup[cacheKey[K], V](lookupConfig{size: cfg.Size, negativeSize: 1, negativeTTL: time.Second, loadTimeout: cfg.LoadTimeout}, nil)
+	c.entries, err = newLookup[cacheKey[K], V](lookupConfig{size: cfg.Size, loadTimeout: cfg.LoadTimeout,
+		parallel: math.MaxInt}, nil) // no line in which one tenant's loads could stand before another's: their pools bound them
 	if err != nil {
 		return nil, err
 	}
@@ -52,7 +54,9 @@ func NewCache[K comparable, V any](tn *Tenancy, cfg CacheConfig) (*Cache[K, V], 
 // entry share one load, and no error is kept. load's ctx carries a session of the tenant and is not the caller's:
 // cancelling ctx ends the wait and not the load.
 //
-// The error is [ErrNoTenant], [ErrTenantMismatch], a state of the tenant as in [Tenancy.Resolve], [ErrPrimaryUnavailable], ctx.Err() or that of load.
+// Asking for the same entry within its own load waits for itself, until LoadTimeout.
+//
+// The error is [ErrNoTenant], [ErrTenantMismatch], a state of the tenant as in [Tenancy.Resolve], [ErrPrimaryUnavailable], [ErrClosed], ctx.Err() or that of load.
 func (c *Cache[K, V]) Get(ctx context.Context, key K, load func(ctx context.Context, key K) (V, error)) (V, error) {
 	var none V
 	r, err := c.tn.current(ctx, "cache")
@@ -63,6 +67,7 @@ func (c *Cache[K, V]) Get(ctx context.Context, key K, load func(ctx context.Cont
 		v, err := load(withSession(ctx, Session{tenant: &r.tenant, record: r, source: "cache"}), k.key)
 		return v, err == nil, err
 	})
+	c.tn.logPanic(r.tenant, err)
 	return v, err
 }
 

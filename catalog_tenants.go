@@ -195,7 +195,7 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 		return changed(ctx, tx, "tenant", id, "")
 	})
 	if err != nil {
-		return id, refusal("create", err)
+		return 0, refusal("create", err)
 	}
 	return id, nil
 }

@@ -16,7 +16,7 @@ import (
 
 // TenantAwareDB is a database that is a different one for each context: every call goes to the
 // tenant that its context carries, over a connection that has proved to be that tenant's own. Its
-// methods are those of [pgxpool.Pool], so code written for pgx, sqlc or scany takes it as it is.
+// methods that run statements are those of [pgxpool.Pool], so code written for pgx, sqlc or scany takes it as it is.
 //
 // It decides anew at each call: a context without a tenant is [ErrNoTenant], one of another
 // primary [ErrTenantMismatch], and a tenant that is not served now one of [ErrTenantSuspended],
@@ -262,6 +262,7 @@ func (tn *Tenancy) checkoutFailure(op string, t Tenant, err error) error {
 	if e, ok := err.(*Error); ok {
 		return e // the look-up's own, with its RetryAfter
 	}
+	tn.logPanic(t, err)
 	e := &Error{Op: op, Tenant: t.ID, Name: t.Name, Err: err}
 	_, connecting := errors.AsType[*connectFailure](err)
 	switch {

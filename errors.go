@@ -10,6 +10,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/puddle/v2"
+	"github.com/msmt-go/tenancy/internal/lease"
 )
 
 // The classes of failure. Errors of this package are matched with errors.Is against these; the text around
@@ -147,6 +148,19 @@ func withoutSecrets(err error) error {
 		f.cause = op
 	}
 	return f
+}
+
+// logPanic writes where a callback of the service panicked: the error that its callers get does not say.
+func (tn *Tenancy) logPanic(t Tenant, err error) {
+	var stack []byte
+	if p, ok := errors.AsType[*lease.PanicError](err); ok {
+		stack = p.Stack
+	} else if p, ok := errors.AsType[*loadPanic](err); ok {
+		stack = p.stack
+	} else {
+		return
+	}
+	tn.cfg.Logger.Error("tenancy: a callback panicked", "tenant", t.ID, "name", t.Name, "error", err, "stack", string(stack))
 }
 
 // unavailable marks a failure to ask the primary. An answer of the primary that refuses (a wrong

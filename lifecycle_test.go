@@ -265,6 +265,22 @@ func TestInitKeepsTheProvisionerAndThePrimaryApart(t *testing.T) {
 	}
 }
 
+func TestAListenURLMustLeadToThePrimary(t *testing.T) {
+	t.Parallel()
+	one, other := tenancytest.NewFleet(t), tenancytest.NewFleet(t)
+	_, err := tenancy.Open(t.Context(), tenancy.Config{PrimaryURL: one.PrimaryURL, ListenURL: other.PrimaryURL, Keys: one.Keys})
+	if !errors.Is(err, tenancy.ErrInvalid) || !strings.Contains(err.Error(), "ListenURL") {
+		t.Errorf("got %v", err)
+	}
+	tn, err := tenancy.Open(t.Context(), tenancy.Config{PrimaryURL: one.PrimaryURL, ListenURL: strings.Replace(one.PrimaryURL, "127.0.0.1", "localhost", 1), Keys: one.Keys})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tn.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestConfigurationPrintsNoPassword(t *testing.T) {
 	for _, url := range []string{
 		"postgres://u:canary@h/db", "postgres://u:12/canary@h/db", "postgres://u:1#canary@h/db", "postgres://u:1?canary@h/db",

@@ -191,8 +191,9 @@ func (l *lookup[K, V]) forgetNegatives() {
 
 // close cancels the loads, waits for them, and forgets everything. Every later get is ErrClosed, and so is
 // that of those who wait, unless their load succeeds all the same. It may be called several times, also
-// at once; not from within a load, which would wait for itself.
-func (l *lookup[K, V]) close() {
+// at once; from within a load it would wait for itself. A load that does not heed its cancellation is left behind when ctx ends,
+// with an error.
+func (l *lookup[K, V]) close(ctx context.Context) error {
 	l.mu.Lock()
 	if !l.closed {
 		l.closed = true
@@ -206,7 +207,19 @@ func (l *lookup[K, V]) close() {
 		clear(l.flights)
 	}
 	l.mu.Unlock()
-	l.wg.Wait()
+	idle := make(chan struct{})
+	go func() { l.wg.Wait(); close(idle) }()
+	select {
+	case <-idle:
+		return nil
+	default:
+	}
+	select {
+	case <-idle:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("tenancy: a load goes on after its end: %w", ctx.Err())
+	}
 }
 
 func (l *lookup[K, V]) stats() lookupStats {

@@ -70,7 +70,7 @@ func smallLookup(t *testing.T, cfg lookupConfig, load loader[string, string], te
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		l := mustLookup(t, cfg, load)
-		defer l.close()
+		defer l.close(context.Background())
 		test(t, l)
 	})
 }
@@ -167,7 +167,7 @@ func TestLookupIsNotMovedByAFloodOfUnknownKeys(t *testing.T) {
 			loads.Add(1)
 			return key, key < 1000, nil
 		})
-	defer l.close()
+	defer l.close(context.Background())
 	known := func() {
 		for key := range uint64(1000) {
 			if value, found, err := l.get(t.Context(), key); value != key || !found || err != nil {
@@ -465,7 +465,7 @@ func TestLookupCloseWaitsForLoadsAndFailsEverybody(t *testing.T) {
 		start := time.Now()
 		for range 2 {
 			wg.Go(func() {
-				l.close()
+				l.close(context.Background())
 				if d := time.Since(start); d != 3*time.Second {
 					t.Errorf("close took %v", d)
 				}
@@ -515,7 +515,7 @@ func TestLookupStressNeverGivesWhatWasForgottenBefore(t *testing.T) {
 			}
 			return n, n%3 != 0, nil // every third version is a missing row
 		})
-	defer l.close()
+	defer l.close(context.Background())
 	var wg sync.WaitGroup
 	for w := range 2 {
 		wg.Go(func() {
@@ -569,7 +569,7 @@ func TestLookupStressNeverGivesWhatWasForgottenBefore(t *testing.T) {
 
 func TestLookupHitAllocatesNothing(t *testing.T) {
 	l := mustLookup(t, small, (&source{rows: map[string]string{"a": "1"}}).load)
-	defer l.close()
+	defer l.close(context.Background())
 	ctx := t.Context()
 	if n := testing.AllocsPerRun(1000, func() { _, _, _ = l.get(ctx, "a") }); n != 0 {
 		t.Errorf("%v allocations", n)
@@ -578,7 +578,7 @@ func TestLookupHitAllocatesNothing(t *testing.T) {
 
 func BenchmarkLookupHit(b *testing.B) {
 	l := mustLookup(b, lookupConfig{size: 4096}, func(_ context.Context, key int64) (int64, bool, error) { return key, true, nil })
-	defer l.close()
+	defer l.close(context.Background())
 	ctx := context.Background()
 	for key := range int64(4096) {
 		_, _, _ = l.get(ctx, key)

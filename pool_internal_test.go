@@ -88,7 +88,7 @@ func newPoolFixture(t testing.TB, cfg Config) *poolFixture {
 		if cut, err := f.tn.pools.Close(ctx); err != nil || len(cut) > 0 {
 			t.Errorf("pools were still in use: tenants %v, %v", cut, err)
 		}
-		records.close()
+		records.close(context.Background())
 	})
 	f.place(acme, "t_a")
 	f.place(globex, "t_b")

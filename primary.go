@@ -43,6 +43,11 @@ func openPrimary(ctx context.Context, cfg Config) (*primaryDB, error) {
 	if err != nil {
 		return nil, fmt.Errorf("Config.ListenURL: %w", err)
 	}
+	if cfg.ListenURL != cfg.PrimaryURL {
+		if err := sameDatabase(ctx, pc.ConnConfig, direct.ConnConfig); err != nil {
+			return nil, err
+		}
+	}
 	if err := preparePrimary(ctx, cfg, direct.ConnConfig); err != nil {
 		return nil, err
 	}
@@ -73,6 +78,28 @@ func primaryConfig(url string, connectTimeout time.Duration) (*pgxpool.Config, e
 	pc.ConnConfig.RuntimeParams["application_name"] = "tenancy"
 	pc.ConnConfig.ConnectTimeout = connectTimeout
 	return pc, nil
+}
+
+// sameDatabase refuses a ListenURL that leads elsewhere, where locks and notifications would be in vain.
+func sameDatabase(ctx context.Context, ccs ...*pgx.ConnConfig) error {
+	seen := map[string]bool{}
+	for _, cc := range ccs {
+		conn, err := pgx.ConnectConfig(ctx, cc)
+		if err != nil {
+			return unavailable("open the primary", err)
+		}
+		var identity string
+		err = conn.QueryRow(ctx, `SELECT system_identifier || '/' || (SELECT oid FROM pg_database WHERE datname = current_database()) FROM pg_control_system()`).Scan(&identity)
+		closeConn(conn)
+		if err != nil {
+			return unavailable("open the primary", err)
+		}
+		seen[identity] = true
+	}
+	if len(seen) > 1 {
+		return invalid(errors.New("Config.ListenURL leads to another database than Config.PrimaryURL"))
+	}
+	return nil
 }
 
 // preparePrimary migrates or checks the schema tenancy, alone among all processes that open this primary.

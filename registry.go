@@ -18,15 +18,27 @@ import (
 // Registry is safe for concurrent use. Close ends it; so does [Tenancy.Close], in reverse order of creation.
 type Registry[T any] struct {
 	tn    *Tenancy
-	table *lease.Table[ID, T]
+	table *lease.Table[ID, built[T]]
+}
+
+// built is a value with the tenant that it was built for.
+type built[T any] struct {
+	value  T
+	record *record
+}
+
+func (b built[T]) session() Session {
+	return Session{tenant: &b.record.tenant, record: b.record, source: "registry"}
 }
 
 // RegistryConfig says how a Registry's values live.
 type RegistryConfig[T any] struct {
-	// Build makes the value of one tenant. Its ctx carries a session of that tenant and a deadline of 30 s,
-	// and is not the caller's: a caller who leaves does not end it. Building asks for no value of the same tenant in the same registry: that is an error. Required.
+	// Build makes the value of one tenant. Its ctx carries a session of that tenant and is not the caller's: a caller who leaves
+	// does not end it. It ends after 30 s and when Build returns; what Build starts keeps [Detach](ctx).
+	// Building asks for no value of the same tenant in the same registry: that is an error. Required.
 	Build func(ctx context.Context, t Tenant) (T, error)
-	// Close ends a value, once, after its last use. Default: nothing to close.
+	// Close ends a value, once, after its last use. Its ctx carries a session of the tenant, which works unless
+	// the tenant is out of service, and ends after 30 s. An error is logged. Default: nothing to close.
 	Close func(ctx context.Context, value T) error
 	// IdleAfter is how long an unused value is kept. Default 0: until the tenant or the registry ends.
 	IdleAfter time.Duration
@@ -56,22 +68,22 @@ func NewRegistry[T any](tn *Tenancy, cfg RegistryConfig[T]) (*Registry[T], error
 		return nil, invalid(fmt.Errorf("RegistryConfig.Replace is %d: BuildFirst or CloseFirst", cfg.Replace))
 	}
 	r := &Registry[T]{tn: tn}
-	r.table = lease.New(lease.Config[ID, T]{
-		Build: func(ctx context.Context, id ID, generation int64) (value T, err error) {
-			rec, err := tn.view.recordAt(ctx, id, generation)
-			if err != nil {
-				return value, err
+	r.table = lease.New(lease.Config[ID, built[T]]{
+		Build: func(ctx context.Context, id ID, generation int64) (b built[T], err error) {
+			if b.record, err = tn.view.recordAt(ctx, id, generation); err != nil {
+				return b, err
 			}
-			return cfg.Build(withSession(ctx, Session{tenant: &rec.tenant, record: rec, source: "registry"}), rec.tenant)
+			b.value, err = cfg.Build(withSession(ctx, b.session()), b.record.tenant)
+			return b, err
 		},
-		Close: func(value T) {
+		Close: func(b built[T]) {
 			if cfg.Close == nil {
 				return
 			}
-			ctx, cancel := context.WithTimeout(context.Background(), registryCloseTimeout)
+			ctx, cancel := context.WithTimeout(withSession(context.Background(), b.session()), registryCloseTimeout)
 			defer cancel()
-			if err := cfg.Close(ctx, value); err != nil {
-				tn.cfg.Logger.Warn("tenancy: closing a registry's value failed", "error", err)
+			if err := cfg.Close(ctx, b.value); err != nil {
+				tn.cfg.Logger.Warn("tenancy: closing a registry's value failed", "tenant", b.record.tenant.ID, "name", b.record.tenant.Name, "error", err)
 			}
 		},
 		IdleAfter:  cfg.IdleAfter,
@@ -82,7 +94,7 @@ func NewRegistry[T any](tn *Tenancy, cfg RegistryConfig[T]) (*Registry[T], error
 	if tn.ended != nil {
 		return nil, ErrClosed
 	}
-	tn.followers = append(tn.followers, tableFollower[T]{r.table})
+	tn.followers = append(tn.followers, tableFollower[built[T]]{r.table})
 	tn.registries = append(tn.registries, r)
 	return r, nil
 }
@@ -99,7 +111,7 @@ func (r *Registry[T]) Use(ctx context.Context, fn func(value T) error) error {
 		return err
 	}
 	defer l.Release()
-	return fn(l.Value())
+	return fn(l.Value().value)
 }
 
 // Acquire is Use for work that outlives a call: the value stays open until Release. The errors are those of Use.
@@ -111,19 +123,20 @@ func (r *Registry[T]) Acquire(ctx context.Context) (*Lease[T], error) {
 	return &Lease[T]{lease: l, release: sync.OnceFunc(l.Release)}, nil
 }
 
-func (r *Registry[T]) acquire(ctx context.Context) (lease.Lease[ID, T], error) {
+func (r *Registry[T]) acquire(ctx context.Context) (lease.Lease[ID, built[T]], error) {
 	rec, err := r.tn.current(ctx, "acquire")
 	if err != nil {
-		return lease.Lease[ID, T]{}, err
+		return lease.Lease[ID, built[T]]{}, err
 	}
 	l, err := r.table.Acquire(ctx, rec.tenant.ID, rec.tenant.Generation)
 	if errors.Is(err, lease.ErrClosed) {
 		err = ErrClosed
 	}
-	if err != nil {
-		return l, &Error{Op: "acquire", Tenant: rec.tenant.ID, Name: rec.tenant.Name, Err: err}
+	if _, told := err.(*Error); err != nil && !told {
+		r.tn.logPanic(rec.tenant, err)
+		err = &Error{Op: "acquire", Tenant: rec.tenant.ID, Name: rec.tenant.Name, Err: err}
 	}
-	return l, nil
+	return l, err
 }
 
 // Close refuses new uses, waits for those in flight until ctx ends, and closes every value. It may be called again.
@@ -137,12 +150,12 @@ func (r *Registry[T]) Close(ctx context.Context) error {
 
 // Lease keeps a registry's value open. It is safe for concurrent use.
 type Lease[T any] struct {
-	lease   lease.Lease[ID, T]
+	lease   lease.Lease[ID, built[T]]
 	release func()
 }
 
 // Value returns the value, which must not be used after Release.
-func (l *Lease[T]) Value() T { return l.lease.Value() }
+func (l *Lease[T]) Value() T { return l.lease.Value().value }
 
 // Release gives the value back. Further calls do nothing.
 func (l *Lease[T]) Release() { l.release() }

@@ -220,3 +220,87 @@ func TestCloseDrainsAndThenCuts(t *testing.T) {
 		t.Errorf("the second Shutdown: %v, want the first one's error", again)
 	}
 }
+
+func TestARegistrysValueCanWorkUntilItIsClosed(t *testing.T) {
+	t.Parallel()
+	_, tn, acme, _ := twoTenants(t, tenancy.Config{})
+	flushed := make(chan error, 1)
+	r, err := tenancy.NewRegistry(tn, tenancy.RegistryConfig[context.Context]{
+		Build: func(ctx context.Context, _ tenancy.Tenant) (context.Context, error) { return tenancy.Detach(ctx), nil },
+		Close: func(ctx context.Context, _ context.Context) error {
+			_, err := tn.DB().Exec(ctx, `INSERT INTO notes (tenant, title) VALUES ('acme', 'flushed')`)
+			flushed <- err
+			return nil
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, err := tn.Enter(t.Context(), acme.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Use(ctx, func(own context.Context) error {
+		_, err := tn.DB().Exec(own, `SELECT 1`) // what Build kept outlives Build
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := tn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-flushed; err != nil {
+		t.Errorf("the last words of a value: %v", err)
+	}
+}
+
+func TestOneTenantsLoadsHoldUpNoOther(t *testing.T) {
+	t.Parallel()
+	f, _, acme, globex := twoTenants(t, tenancy.Config{})
+	tn, err := tenancy.Open(t.Context(), tenancy.Config{PrimaryURL: f.PrimaryURL, Keys: f.Keys})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := tenancy.NewCache[int, int](tn, tenancy.CacheConfig{Size: 1000, LoadTimeout: 20 * time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slow, err := tn.Enter(t.Context(), acme.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fast, err := tn.Enter(t.Context(), globex.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	release := make(chan struct{})
+	var began, done sync.WaitGroup
+	for i := range 200 {
+		began.Add(1)
+		done.Go(func() {
+			_, _ = c.Get(slow, i, func(context.Context, int) (int, error) { began.Done(); <-release; return i, nil })
+		})
+	}
+	began.Wait()
+	if _, err := c.Get(fast, 1, func(context.Context, int) (int, error) { return 1, nil }); err != nil {
+		t.Error(err)
+	}
+	close(release)
+	done.Wait()
+
+	// And a load that heeds nothing does not hold Close up beyond its time.
+	heedless := make(chan struct{})
+	stuck := make(chan struct{})
+	done.Go(func() {
+		_, _ = c.Get(fast, 2, func(context.Context, int) (int, error) { close(stuck); <-heedless; return 2, nil })
+	})
+	<-stuck
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	if err := tn.Shutdown(ctx); err == nil || time.Since(start) > 5*time.Second {
+		t.Errorf("a shutdown over a load that goes on: %v after %v", err, time.Since(start))
+	}
+	close(heedless)
+	done.Wait()
+}

@@ -19,8 +19,13 @@ type SetupError struct{ Missing []Finding }
 func (e *SetupError) Error() string {
 	var b strings.Builder
 	b.WriteString(ErrSetup.Error())
-	for _, f := range e.Missing {
-		b.WriteString(": " + f.What + "; mend it with: " + f.Fix)
+	for i, f := range e.Missing {
+		if i == 0 {
+			b.WriteString(": ")
+		} else {
+			b.WriteString("\n\t")
+		}
+		b.WriteString(f.What + "; mend it with: " + f.Fix)
 	}
 	return b.String()
 }

@@ -27,7 +27,7 @@
 //			log.Fatal(err)
 //		}
 //		r := chi.NewRouter()
-//		r.Use(authenticate, mw.Tenant)
+//		r.Use(authenticate, mw.Tenant, mw.RequireTenant)
 //		r.Get("/notes", func(w http.ResponseWriter, r *http.Request) {
 //			rows, err := tn.DB().Query(r.Context(), "SELECT id, title FROM notes")
 //			...
@@ -271,7 +271,7 @@ func (tn *Tenancy) Shutdown(ctx context.Context) error {
 		errs = append(errs, closePool(ctx, tn.hostPool, "host"))
 	}
 	if tn.view != nil {
-		tn.view.close()
+		errs = append(errs, tn.view.close(ctx))
 	}
 	errs = append(errs, closePool(ctx, tn.primary.pool, "primary"))
 	tn.endErr = errors.Join(errs...)
@@ -296,20 +296,19 @@ func closePool(ctx context.Context, pool *pgxpool.Pool, name string) error {
 }
 
 // closeLater has something of the service's ended by Shutdown, before the pools.
-func (tn *Tenancy) closeLater(end func()) error {
+func (tn *Tenancy) closeLater(end func(context.Context) error) error {
 	tn.mu.Lock()
 	defer tn.mu.Unlock()
 	if tn.ended != nil {
-		end()
-		return ErrClosed
+		return errors.Join(ErrClosed, end(context.Background()))
 	}
 	tn.registries = append(tn.registries, closerFunc(end))
 	return nil
 }
 
-type closerFunc func()
+type closerFunc func(context.Context) error
 
-func (f closerFunc) Close(context.Context) error { f(); return nil }
+func (f closerFunc) Close(ctx context.Context) error { return f(ctx) }
 
 // watchers returns who holds values of tenants.
 func (tn *Tenancy) watchers() []follower {

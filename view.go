@@ -63,11 +63,8 @@ func newView(primary *primaryDB, cfg LookupConfig) (*view, error) {
 	return v, errors.Join(errs[:]...)
 }
 
-func (v *view) close() {
-	v.records.close()
-	v.names.close()
-	v.domains.close()
-	v.users.close()
+func (v *view) close(ctx context.Context) error {
+	return errors.Join(v.records.close(ctx), v.names.close(ctx), v.domains.close(ctx), v.users.close(ctx))
 }
 
 // record returns what is known of the tenant. Unknown is ErrTenantNotFound, an unreachable

@@ -14,8 +14,8 @@ import (
 // authentication proved; all that a caller can set at will is a [tenancy.Choice]. Where a
 // request says two things in one place, such as a header given twice, that is an error.
 //
-// Hint is called once per request, concurrently. The zero Hint is no opinion. Its error is answered with 400, but
-// with 503 where it matches [tenancy.ErrPrimaryUnavailable] or is the context's.
+// Hint is called once per request, concurrently. The zero Hint is no opinion. Its error is answered with 400, unless
+// it matches an error of package tenancy or is the context's: then as [ProblemOf] says.
 type Contributor interface {
 	Hint(r *http.Request) (tenancy.Hint, error)
 }

@@ -68,6 +68,8 @@ var answers = []answer{
 }
 
 var (
+	interrupted = answer{status: http.StatusServiceUnavailable, name: "tenant-unavailable",
+		detail: "The tenant's database cannot be reached at the moment.", retry: time.Second, members: true}
 	failed   = answer{status: http.StatusInternalServerError}
 	notFound = answerTo(tenancy.ErrTenantNotFound)
 )
@@ -78,6 +80,13 @@ func answerTo(err error) answer {
 			return a
 		}
 	}
+	var server interface{ SQLState() string }
+	if errors.As(err, &server) {
+		switch server.SQLState() {
+		case "57P01", "57P02", "57P03": // the session was ended, or the server restarts: the next try is told why, or works
+			return interrupted
+		}
+	}
 	return failed
 }
 
@@ -86,6 +95,12 @@ func answerFor(r *http.Request, err error) answer {
 	a := answerTo(err)
 	if a.class == context.Canceled && r.Context().Err() != nil {
 		return answer{status: statusClientGone, title: "Client closed the request"}
+	}
+	if errors.Is(err, tenancy.ErrNoTenant) {
+		// The middleware ran and found nobody: then it is the caller who has to say who they are.
+		if s, ok := tenancy.FromContext(r.Context()); ok && s.User() == "" {
+			return answerTo(ErrUnauthenticated)
+		}
 	}
 	if a.members {
 		if s, ok := tenancy.FromContext(r.Context()); ok && s.User() == "" {

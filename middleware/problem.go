@@ -25,7 +25,7 @@ type Problem struct {
 // ProblemOf returns what the caller of r may know of err. No part of the error's text is in it, but for the operator's
 // message to the members of a tenant that is out of service. The statuses:
 //
-//	401  [ErrUnauthenticated]
+//	401  [ErrUnauthenticated], and [tenancy.ErrNoTenant] for an anonymous caller
 //	403  [tenancy.ErrForbidden] (a foreign and a missing tenant alike), [tenancy.ErrTenantSuspended]
 //	404  [tenancy.ErrTenantNotFound], and for anonymous callers every tenant that is out of service
 //	409  [tenancy.ErrAmbiguousTenant], with the user's choices
@@ -33,7 +33,7 @@ type Problem struct {
 //	421  [tenancy.ErrNotServed]
 //	400  [tenancy.ErrInvalid]
 //	503  [tenancy.ErrTenantMaintenance], [tenancy.ErrTenantNotReady], [tenancy.ErrPrimaryUnavailable],
-//	     [tenancy.ErrTenantUnavailable], [tenancy.ErrClosed], a deadline: with Retry-After
+//	     [tenancy.ErrTenantUnavailable], a session that the server ended (57P01 to 57P03), [tenancy.ErrClosed], a deadline: with Retry-After
 //	499  the caller hung up
 //	500  everything else, such as [tenancy.ErrNoTenant]: the route lacks [Middleware.Tenant]
 func ProblemOf(r *http.Request, err error) Problem {

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
+
 	"github.com/msmt-go/tenancy"
 	tenantmw "github.com/msmt-go/tenancy/middleware"
 )
@@ -107,4 +109,17 @@ func TestProblemOfTheServiceItself(t *testing.T) {
 	w = httptest.NewRecorder()
 	tenantmw.Problem{}.Write(w)
 	wantProblem(t, w, 500)
+}
+
+func TestASessionThatTheServerEndedIsNoFailureOfTheService(t *testing.T) {
+	r := httptest.NewRequest("GET", "/", nil)
+	for _, code := range []string{"57P01", "57P02", "57P03"} {
+		p := tenantmw.ProblemOf(r, fmt.Errorf("list notes: %w", &pgconn.PgError{Code: code}))
+		if p.Status != http.StatusServiceUnavailable || p.RetryAfter == 0 {
+			t.Errorf("%s: %d, retry after %v; want 503 with a time", code, p.Status, p.RetryAfter)
+		}
+	}
+	if p := tenantmw.ProblemOf(r, &pgconn.PgError{Code: "42P01"}); p.Status != http.StatusInternalServerError {
+		t.Errorf("42P01: %d, want 500", p.Status)
+	}
 }

@@ -11,7 +11,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy"
-	"github.com/msmt-go/tenancy/internal/pgembed"
 )
 
 // Fleet is a primary and a tenants' database of their own on the test server, as [tenancy.Init]
@@ -22,7 +21,6 @@ type Fleet struct {
 	ServerURL  string // the tenants' database with the provisioner
 	Keys       tenancy.Keyring
 	KeyText    string // Keys for another process, as ParseKeyring reads it
-	Server     *pgembed.Server
 
 	prefix string
 }
@@ -31,7 +29,7 @@ type Fleet struct {
 func NewFleet(tb testing.TB, extensions ...string) *Fleet {
 	tb.Helper()
 	s := start(tb)
-	f := &Fleet{AdminURL: s.URL(), Server: s, prefix: "t" + random(6)}
+	f := &Fleet{AdminURL: s.URL(), prefix: "t" + random(6)}
 	f.PrimaryURL, f.ServerURL = f.url(tb, "catalog", "primary"), f.url(tb, "provisioner", "tenants")
 	var err error
 	if f.KeyText, err = tenancy.NewKey("test"); err != nil {
@@ -57,7 +55,7 @@ func (f *Fleet) AdminConfig(extensions ...string) tenancy.AdminConfig {
 // Open opens a node on the fleet; it is closed when the test ends.
 func (f *Fleet) Open(tb testing.TB, cfg tenancy.Config) *tenancy.Tenancy {
 	tb.Helper()
-	cfg.PrimaryURL, cfg.Keys = f.PrimaryURL, f.Keys
+	cfg.PrimaryURL, cfg.ListenURL, cfg.Keys = f.PrimaryURL, "", f.Keys
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	tn, err := tenancy.Open(ctx, cfg)

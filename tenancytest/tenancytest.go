@@ -71,7 +71,7 @@ func start(tb testing.TB) *pgembed.Server {
 }
 
 // Open makes a fleet of its own (both databases and logins) for the test and opens it. Fields of cfg that
-// say where it is (PrimaryURL, Keys, Server) are filled in. It is closed and dropped when the test ends,
+// say where it is (PrimaryURL, ListenURL, Keys) are filled in. It is closed and dropped when the test ends,
 // and a test that leaves work in flight fails.
 func Open(tb testing.TB, cfg tenancy.Config) *tenancy.Tenancy {
 	tb.Helper()
@@ -104,7 +104,7 @@ func Context(tb testing.TB, tn *tenancy.Tenancy, name string) context.Context {
 
 // NoCrossing runs fn, a piece of the service that reads or writes through tn, in ways that must fail or stay
 // apart: without a tenant it must be refused with [tenancy.ErrNoTenant]; as the host likewise;
-// and in two tenants at once, many times over, it must succeed in both. What fn finds is fn's to check: it gets the
+// and in two new tenants at once, many times over, it must succeed in both. What fn finds is fn's to check: it gets the
 // tenant by [tenancy.TenantFrom] and returns an error when it sees another's data.
 func NoCrossing(t *testing.T, tn *tenancy.Tenancy, fn func(ctx context.Context) error) {
 	t.Helper()
@@ -114,7 +114,7 @@ func NoCrossing(t *testing.T, tn *tenancy.Tenancy, fn func(ctx context.Context) 
 		}
 	}
 	var wg sync.WaitGroup
-	for _, name := range []string{"nocrossing-a", "nocrossing-b"} {
+	for _, name := range []string{"nocrossing-" + random(4), "nocrossing-" + random(4)} {
 		Create(t, tn, name)
 		ctx := Context(t, tn, name)
 		for range 4 {

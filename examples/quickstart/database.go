@@ -38,12 +38,12 @@ type database struct {
 func openDatabase(ctx context.Context, adminURL string) (*database, error) {
 	db := &database{stop: func() error { return nil }}
 	if adminURL == "" {
-		server, err := pgembed.Start(ctx, pgembed.Options{Download: true})
+		server, err := pgembed.Start(ctx, pgembed.Options{Download: true, Own: true})
 		if err != nil {
 			return nil, err
 		}
 		db.stop = server.Stop
-		adminURL, db.throwAway = server.URL(), !server.External()
+		adminURL, db.throwAway = server.URL(), true
 	}
 	if err := db.setUp(ctx, adminURL); err != nil {
 		return nil, errors.Join(err, db.stop())

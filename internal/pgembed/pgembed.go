@@ -38,6 +38,10 @@ type Options struct {
 	// binaries are found. TENANCY_PG_DOWNLOAD=on and =off override it. Default: false.
 	Download bool
 
+	// Own asks for a server of the caller's own also where TENANCY_TEST_URL names
+	// one: that one is for tests. Default: false.
+	Own bool
+
 	// Log receives what a person should know while waiting, such as the one line
 	// before a download. Default: os.Stderr.
 	Log io.Writer
@@ -60,7 +64,7 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	if _, err := renderSettings(o.Settings); err != nil {
 		return nil, err
 	}
-	if url := os.Getenv("TENANCY_TEST_URL"); url != "" {
+	if url := os.Getenv("TENANCY_TEST_URL"); url != "" && !o.Own {
 		return connectExternal(ctx, url)
 	}
 	return startCluster(ctx, o)
