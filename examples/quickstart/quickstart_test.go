@@ -251,7 +251,7 @@ func wantGone(t *testing.T, postmaster int, folder string, wait time.Duration) {
 
 func TestGivenDatabaseKeepsNotesFromStartToStart(t *testing.T) {
 	t.Parallel()
-	given, err := pgembed.Start(t.Context(), pgembed.Options{Download: true})
+	given, err := pgembed.Start(t.Context(), pgembed.Options{Download: true, Own: true})
 	if err != nil {
 		t.Fatal(err)
 	}
