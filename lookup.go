@@ -16,6 +16,7 @@ import (
 const (
 	defaultLoadTimeout   = 5 * time.Second
 	defaultParallelLoads = 64
+	closeGrace           = 500 * time.Millisecond
 )
 
 // lookup remembers what a load found, and what it did not find, within bounds. A key is loaded once
@@ -212,12 +213,12 @@ func (l *lookup[K, V]) close(ctx context.Context) error {
 	select {
 	case <-idle:
 		return nil
-	default:
+	case <-ctx.Done():
 	}
 	select {
 	case <-idle:
 		return nil
-	case <-ctx.Done():
+	case <-time.After(closeGrace): // also when nothing was left of ctx: loads were cancelled and end at once
 		return fmt.Errorf("tenancy: a load goes on after its end: %w", ctx.Err())
 	}
 }
