@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy/internal/ident"
@@ -105,7 +106,7 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		return fail(err)
 	}
 	if now.tenant.State != StateActive { // the place was opened to be proved
-		defer func() { err = errors.Join(err, fencePlace(context.WithoutCancel(ctx), to)) }()
+		defer func() { err = errors.Join(err, fencePlace(context.WithoutCancel(ctx), to, 0)) }()
 	}
 	return c.write(ctx, op, id, func(tx pgx.Tx) error {
 		state, err := lockRow(ctx, tx, id)
@@ -234,7 +235,7 @@ func (c *Catalog) openPlace(ctx context.Context, p *place) error {
 }
 
 // fencePlace fences one place as its server's provisioner. One that was never made has nothing to fence.
-func fencePlace(ctx context.Context, p *place) error {
+func fencePlace(ctx context.Context, p *place, drain time.Duration) error {
 	conn, err := p.provisionerConn(ctx)
 	if err != nil {
 		return err
@@ -244,5 +245,5 @@ func fencePlace(ctx context.Context, p *place) error {
 	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, p.source.User).Scan(&made); err != nil || !made {
 		return err
 	}
-	return fence(ctx, conn, p)
+	return fence(ctx, conn, p, drain)
 }

@@ -42,7 +42,7 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 	case p.tenant.State != StateDeleted:
 		return fail(invalid(fmt.Errorf("state: the tenant is %s, only a deleted one can be purged", p.tenant.State)))
 	}
-	if err := c.fenceTenant(ctx, p); err != nil {
+	if err := c.fenceTenant(ctx, p, 0); err != nil {
 		return fail(err)
 	}
 	places, err := c.placesOf(ctx, p.tenant)

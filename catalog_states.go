@@ -16,16 +16,18 @@ type Suspension struct {
 	Message     string        // shown to the tenant's members; at most 500 bytes; "" shows none
 	Maintenance bool          // true: StateMaintenance, 503 with RetryAfter; false: StateSuspended, 403
 	RetryAfter  time.Duration // for maintenance; 0 means 60 s
+	Drain       time.Duration // what work in flight has to finish; 0 means Config.DrainTimeout, 1 ns is at once
 }
 
-// Suspend takes a tenant out of service on every node and at the server: new work is refused,
-// work in flight gets until every node has heard (5 s at most), then the tenant's logins are
-// closed and its sessions ended, also those of a node that hears nothing. Data stays.
+// Suspend takes a tenant out of service on every node and at the server: new work is refused
+// once every node has heard (5 s at most), then the tenant's logins are closed, statements and
+// transactions in flight have s.Drain to finish, and all sessions end, also those of a node that hears nothing. Data stays.
 //
 // When it returns nil, no session of the tenant is left. With [ErrNoProvisioner] the catalog and the nodes refuse the tenant,
 // and sessions at the server were not ended. Other errors: [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady], [ErrInvalid], [ErrPrimaryUnavailable].
 func (c *Catalog) Suspend(ctx context.Context, id ID, s Suspension) error {
 	state := StateSuspended
+	def(&s.Drain, c.tn.cfg.DrainTimeout)
 	if s.Maintenance {
 		state = StateMaintenance
 		def(&s.RetryAfter, time.Minute)
@@ -36,14 +38,17 @@ func (c *Catalog) Suspend(ctx context.Context, id ID, s Suspension) error {
 	if s.RetryAfter < 0 || s.RetryAfter > 30*24*time.Hour {
 		return &Error{Op: "suspend", Tenant: id, Err: invalid(errors.New("retry after: from 0 to 30 days"))}
 	}
+	if s.Drain < 0 || s.Drain > time.Hour {
+		return &Error{Op: "suspend", Tenant: id, Err: invalid(errors.New("drain: from 0 to 1 hour"))}
+	}
 	return c.withdraw(ctx, "suspend", id, state, s)
 }
 
-// Delete takes a tenant into quarantine: as Suspend, and for good. Its data, name and domains are kept until
+// Delete takes a tenant into quarantine: as Suspend with the default drain, and for good. Its data, name and domains are kept until
 // [Catalog.Purge]; [Catalog.Restore] takes it back. It may be called again.
 // The errors are those of Suspend.
 func (c *Catalog) Delete(ctx context.Context, id ID) error {
-	return c.withdraw(ctx, "delete", id, StateDeleted, Suspension{})
+	return c.withdraw(ctx, "delete", id, StateDeleted, Suspension{Drain: c.tn.cfg.DrainTimeout})
 }
 
 // withdraw changes the state first (no node hands out a connection any more), then waits for the nodes, then fences at the server.
@@ -81,7 +86,7 @@ func (c *Catalog) withdraw(ctx context.Context, op string, id ID, to State, s Su
 	if err != nil {
 		return fail(err)
 	}
-	if err := c.fenceTenant(ctx, p); err != nil {
+	if err := c.fenceTenant(ctx, p, s.Drain); err != nil {
 		return fail(err)
 	}
 	return nil
@@ -89,7 +94,7 @@ func (c *Catalog) withdraw(ctx context.Context, op string, id ID, to State, s Su
 
 // fenceTenant waits for the nodes, fences at the server and says so in the catalog, where the
 // validity job looks for fences that a crash left out.
-func (c *Catalog) fenceTenant(ctx context.Context, p *place) error {
+func (c *Catalog) fenceTenant(ctx context.Context, p *place, drain time.Duration) error {
 	if err := c.tn.feed.awaitNodes(ctx); err != nil {
 		return err
 	}
@@ -99,7 +104,7 @@ func (c *Catalog) fenceTenant(ctx context.Context, p *place) error {
 	}
 	var errs []error
 	for _, at := range places { // one that cannot be reached keeps no other one open
-		if err := fencePlace(ctx, at); err != nil {
+		if err := fencePlace(ctx, at, drain); err != nil {
 			errs = append(errs, fmt.Errorf("the nodes refuse the tenant, its sessions at %s were not ended: %w", at.source.Address(), err))
 		}
 	}

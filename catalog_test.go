@@ -509,7 +509,7 @@ func TestSuspendEndsWhatRunsAtTheServer(t *testing.T) {
 	until(t, 5*time.Second, "1", func() string {
 		return scan[string](t, admin, `SELECT count(*)::text FROM pg_stat_activity WHERE usename = $1 AND query LIKE '%pg_sleep%'`, placeOf(t, f, a.ID).Login)
 	})
-	if err := tn.Catalog().Suspend(t.Context(), a.ID, tenancy.Suspension{Message: "unpaid"}); err != nil {
+	if err := tn.Catalog().Suspend(t.Context(), a.ID, tenancy.Suspension{Message: "unpaid", Drain: 100 * time.Millisecond}); err != nil {
 		t.Fatal(err)
 	}
 	if n := scan[int](t, admin, `SELECT count(*) FROM pg_stat_activity WHERE usename = $1`, placeOf(t, f, a.ID).Login); n != 0 {

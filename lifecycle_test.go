@@ -265,6 +265,45 @@ func TestInitKeepsTheProvisionerAndThePrimaryApart(t *testing.T) {
 	}
 }
 
+func TestASuspensionLetsATransactionFinish(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
+	ctx, err := tn.Enter(t.Context(), acme.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tx, err := tn.DB().Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	suspended := make(chan error, 1)
+	go func() { suspended <- tn.Catalog().Suspend(t.Context(), acme.ID, tenancy.Suspension{}) }()
+	admin := f.Admin(t, "tenants")
+	until(t, 5*time.Second, "false", func() string { // the fence is up
+		var open bool
+		if err := admin.QueryRow(t.Context(), `SELECT rolcanlogin FROM pg_roles WHERE rolname = $1`, placeOf(t, f, acme.ID).Login).Scan(&open); err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprint(open)
+	})
+	if _, err := tn.DB().Exec(ctx, `SELECT 1`); !errors.Is(err, tenancy.ErrTenantSuspended) {
+		t.Errorf("new work during the drain: %v", err)
+	}
+	if _, err := tx.Exec(ctx, `INSERT INTO notes (tenant, title) VALUES ('acme', 'just in time')`); err != nil {
+		t.Errorf("work in flight during the drain: %v", err)
+	}
+	if err := tx.Commit(ctx); err != nil {
+		t.Errorf("its commit: %v", err)
+	}
+	if err := <-suspended; err != nil {
+		t.Error(err)
+	}
+	var sessions int
+	if err := admin.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity WHERE usename = $1`, placeOf(t, f, acme.ID).Login).Scan(&sessions); err != nil || sessions != 0 {
+		t.Errorf("%d sessions are left, %v", sessions, err)
+	}
+}
+
 func TestAListenURLMustLeadToThePrimary(t *testing.T) {
 	t.Parallel()
 	one, other := tenancytest.NewFleet(t), tenancytest.NewFleet(t)

@@ -361,13 +361,28 @@ func verifyPlace(ctx context.Context, conn *pgx.Conn, p *place) error {
 	return ask(ctx, conn, checks)
 }
 
-// fence makes the server refuse the tenant, whatever any node believes: its logins may not log in and its sessions
-// end. Nodes were told and had their time to drain; one that is paused or cut off is past asking.
-func fence(ctx context.Context, conn *pgx.Conn, p *place) error {
+// fence makes the server refuse the tenant, whatever any node believes: its logins may not log in, what
+// they are at has the drain's time to finish, and then their sessions end. A node that is paused or cut off is not asked.
+func fence(ctx context.Context, conn *pgx.Conn, p *place, drain time.Duration) error {
 	if err := execDDL(ctx, conn, "ALTER ROLE "+ident.Quote(p.source.User)+" NOLOGIN"); err != nil {
 		return err
 	}
-	return endSessions(ctx, conn, []string{p.source.User, p.owner})
+	roles := []string{p.source.User, p.owner}
+	for end := time.Now().Add(drain); time.Now().Before(end); {
+		var busy int
+		if err := conn.QueryRow(ctx, `SELECT count(*) FROM pg_stat_activity WHERE usename = ANY($1) AND state <> 'idle'`, roles).Scan(&busy); err != nil {
+			return fmt.Errorf("drain: %w", err)
+		}
+		if busy == 0 {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("drain: %d sessions are at work: %w", busy, ctx.Err())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	return endSessions(ctx, conn, roles)
 }
 
 // endTimeout bounds the end of a tenant's sessions, which the server's processes come to within milliseconds.

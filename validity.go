@@ -85,7 +85,7 @@ func (c *Catalog) finishFence(ctx context.Context, id ID) error {
 	switch p.tenant.State {
 	case StateSuspended, StateMaintenance, StateDeleted:
 		if !p.fenced {
-			return c.fenceTenant(ctx, p)
+			return c.fenceTenant(ctx, p, c.tn.cfg.DrainTimeout)
 		}
 	}
 	return nil
