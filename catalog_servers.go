@@ -88,9 +88,15 @@ func (p *primaryDB) registerServer(ctx context.Context, name string, d DataSourc
 		if err != nil {
 			return err
 		}
+		// Two nodes that register one server meet in two unique constraints, and only one can be the conflict's.
+		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtextextended('tenancy servers', 0))`); err != nil {
+			return err
+		}
 		if _, err := tx.Exec(ctx, `INSERT INTO tenancy.servers (name, host, port, database, tls, provisioner) VALUES ($1, $2, $3, $4, $5, $6)
 			ON CONFLICT (host, port, database) DO UPDATE SET provisioner = excluded.provisioner, tls = excluded.tls, updated = now()`,
-			name, d.Host, d.Port, d.Database, d.TLS, sealed); err != nil {
+			name, d.Host, d.Port, d.Database, d.TLS, sealed); isState(err, "23505") {
+			return invalid(fmt.Errorf("server: the name %q belongs to another address", name))
+		} else if err != nil {
 			return err
 		}
 		if err := audit(ctx, tx, "register server", 0, map[string]any{"server": name, "address": d.Address()}); err != nil {
@@ -98,7 +104,7 @@ func (p *primaryDB) registerServer(ctx context.Context, name string, d DataSourc
 		}
 		return changed(ctx, tx, "server", 0, name)
 	})
-	return unavailable("register server", err)
+	return refusal("register server", err)
 }
 
 // provisioners returns the registered servers' provisioner logins.

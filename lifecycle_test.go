@@ -304,6 +304,21 @@ func TestASuspensionLetsATransactionFinish(t *testing.T) {
 	}
 }
 
+func TestAServersNameIsItsOwn(t *testing.T) {
+	t.Parallel()
+	f, tn, _, _ := twoTenants(t, tenancy.Config{})
+	other := tenancytest.NewFleet(t)
+	if err := tn.Catalog().AddServer(t.Context(), tenancy.ServerConfig{Name: "main", URL: other.ServerURL}); !errors.Is(err, tenancy.ErrInvalid) || !strings.Contains(err.Error(), "belongs to another address") {
+		t.Errorf("a name that is taken: %v", err)
+	}
+	if err := tn.Catalog().AddServer(t.Context(), tenancy.ServerConfig{Name: "second", URL: other.ServerURL}); err != nil {
+		t.Errorf("a name of its own: %v", err)
+	}
+	if err := tn.Catalog().AddServer(t.Context(), tenancy.ServerConfig{Name: "whatever", URL: f.ServerURL}); err != nil {
+		t.Errorf("a server that is known by its address: %v", err)
+	}
+}
+
 func TestAListenURLMustLeadToThePrimary(t *testing.T) {
 	t.Parallel()
 	one, other := tenancytest.NewFleet(t), tenancytest.NewFleet(t)
