@@ -102,11 +102,14 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		return fail(err)
 	}
 	to.tenant, to.source = now.tenant, d // prove the login as given
+	if now.tenant.State != StateActive { // the place is opened to be proved, and closed again
+		if err := c.unfence(ctx, id); err != nil {
+			return fail(err)
+		}
+		defer func() { err = errors.Join(err, fencePlace(context.WithoutCancel(ctx), to, 0)) }()
+	}
 	if err := c.openPlace(ctx, to); err != nil {
 		return fail(err)
-	}
-	if now.tenant.State != StateActive { // the place was opened to be proved
-		defer func() { err = errors.Join(err, fencePlace(context.WithoutCancel(ctx), to, 0)) }()
 	}
 	return c.write(ctx, op, id, func(tx pgx.Tx) error {
 		state, err := lockRow(ctx, tx, id)

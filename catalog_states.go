@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -121,8 +122,8 @@ func (c *Catalog) Resume(ctx context.Context, id ID) error {
 	return c.reopen(ctx, "resume", id, StateSuspended, StateMaintenance)
 }
 
-// Restore takes a deleted tenant out of quarantine and back into service. The errors are those of Resume; a
-// purged tenant is [ErrTenantGone].
+// Restore takes a deleted tenant out of quarantine and back into service. The errors are those of Resume, and
+// [ErrInvalid] for a tenant that is suspended; a purged one is [ErrTenantGone].
 func (c *Catalog) Restore(ctx context.Context, id ID) error {
 	return c.reopen(ctx, "restore", id, StateDeleted)
 }
@@ -142,12 +143,19 @@ func (c *Catalog) reopen(ctx context.Context, op string, id ID, from ...State) e
 	switch s := p.tenant.State; {
 	case s == StateActive:
 		return nil
+	case slices.Contains(from, s):
+		if p.state == "intent" {
+			return c.unfinish(ctx, id)
+		}
 	case s == StateProvisioning:
 		return fail(hinted(ErrTenantNotReady, "its place was never finished: call Create again"))
-	case s == StateDeleted && op == "restore" && p.state == "intent":
-		return c.unfinish(ctx, id)
-	case s == StatePurged || s == StateDeleted && op == "resume":
+	case s == StateDeleted, s == StatePurged:
 		return fail(ErrTenantGone)
+	default:
+		return fail(invalid(fmt.Errorf("state: the tenant is %s; see Resume", s)))
+	}
+	if err := c.unfence(ctx, id); err != nil {
+		return fail(err)
 	}
 	if err := c.openPlace(ctx, p); err != nil {
 		return fail(err)
@@ -166,6 +174,12 @@ func (c *Catalog) reopen(ctx context.Context, op string, id ID, from ...State) e
 		}
 		return changed(ctx, tx, "tenant", id, "")
 	})
+}
+
+// unfence says, before a place is opened, that the tenant is no longer fenced: if what follows dies, the validity job fences it again.
+func (c *Catalog) unfence(ctx context.Context, id ID) error {
+	_, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.tenants SET fenced = NULL, updated = now() WHERE id = $1`, id)
+	return unavailable("unfence", err)
 }
 
 // unfinish takes a tenant that was deleted before it was ever made back to where Create goes on.

@@ -304,6 +304,40 @@ func TestASuspensionLetsATransactionFinish(t *testing.T) {
 	}
 }
 
+// TestAHalfDoneResumeIsFencedAgain dies after the login was opened, as a Resume whose last write fails does.
+func TestAHalfDoneResumeIsFencedAgain(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
+	if err := tn.Catalog().Suspend(t.Context(), acme.ID, tenancy.Suspension{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := tn.Catalog().Restore(t.Context(), acme.ID); !errors.Is(err, tenancy.ErrInvalid) {
+		t.Errorf("restoring a tenant that is suspended: %v", err)
+	}
+	primary := f.Admin(t, "primary")
+	must(t, primary, `CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$`)
+	must(t, primary, `CREATE TRIGGER refuse BEFORE UPDATE ON tenancy.tenants FOR EACH ROW WHEN (NEW.state = 'active') EXECUTE FUNCTION public.refuse()`)
+	if err := tn.Catalog().Resume(t.Context(), acme.ID); err == nil {
+		t.Fatal("the Resume succeeded")
+	}
+	open := func() (open bool) {
+		if err := f.Admin(t, "tenants").QueryRow(t.Context(), `SELECT rolcanlogin FROM pg_roles WHERE rolname = $1`, placeOf(t, f, acme.ID).Login).Scan(&open); err != nil {
+			t.Fatal(err)
+		}
+		return open
+	}
+	if !open() {
+		t.Fatal("the login was not opened: there is nothing to fence")
+	}
+	must(t, primary, `UPDATE tenancy.tenants SET updated = updated - interval '1 hour' WHERE state = 'suspended'`) // the job leaves fresh verbs alone
+	if err := tn.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if open() {
+		t.Error("the validity job left the login open")
+	}
+}
+
 func TestAServersNameIsItsOwn(t *testing.T) {
 	t.Parallel()
 	f, tn, _, _ := twoTenants(t, tenancy.Config{})
