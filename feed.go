@@ -180,9 +180,8 @@ func (f *feed) sync(ctx context.Context) error {
 
 // read returns the primary's epoch and its changes from the last one applied on, that one included.
 func (f *feed) read(ctx context.Context) (latest int64, changes []change, err error) {
-	rows, _ := f.tn.primary.pool.Query(ctx, `SELECT e.epoch, coalesce(c.epoch, 0), coalesce(c.kind, ''), coalesce(c.tenant, 0), coalesce(c.key, ''), coalesce(c.stamp, e_none.none)
-		FROM tenancy.epoch e CROSS JOIN (SELECT '00000000-0000-0000-0000-000000000000'::uuid AS none) e_none
-		LEFT JOIN tenancy.changes c ON c.epoch >= $1 AND c.epoch <= e.epoch ORDER BY c.epoch LIMIT $2`, f.epoch, changesAtOnce+2)
+	rows, _ := f.tn.primary.pool.Query(ctx, `SELECT e.epoch, coalesce(c.epoch, 0), coalesce(c.kind, ''), coalesce(c.tenant, 0), coalesce(c.key, ''), coalesce(c.stamp, '00000000-0000-0000-0000-000000000000')
+		FROM tenancy.epoch e LEFT JOIN tenancy.changes c ON c.epoch >= $1 AND c.epoch <= e.epoch ORDER BY c.epoch LIMIT $2`, f.epoch, changesAtOnce+2)
 	defer rows.Close()
 	for rows.Next() {
 		var c change

@@ -50,7 +50,7 @@ type lookup[K comparable, V any] struct {
 	flights map[K]*flight[K, V]
 	line    list.List // of *flight[K, V]: waiting for a permit, first come first served
 	running int       // loads that have a permit
-	epoch   uint64    // counts forgetAll and forgetNegatives
+	epoch   uint64    // counts forgetAll
 	closed  bool
 	wg      sync.WaitGroup // one per running load; Add only under mu and before closed
 }
@@ -156,9 +156,6 @@ func (l *lookup[K, V]) getWith(ctx context.Context, key K, load loader[K, V]) (v
 	}
 }
 
-// peek returns the value of key if it is remembered as found. It neither loads nor counts as use.
-func (l *lookup[K, V]) peek(key K) (V, bool) { return l.positives.Load().Peek(key) }
-
 // forget removes key, whatever is known of it. A get that begins afterwards sees a load that began afterwards.
 func (l *lookup[K, V]) forget(key K) {
 	l.mu.Lock()
@@ -179,15 +176,6 @@ func (l *lookup[K, V]) forgetAll() {
 	defer l.mu.Unlock()
 	l.epoch++
 	l.resetLocked()
-}
-
-// forgetNegatives removes what was not found. Loads in flight are overtaken as by forgetAll: they
-// may be about to report as missing what is there now.
-func (l *lookup[K, V]) forgetNegatives() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.epoch++
-	l.resetNegativesLocked()
 }
 
 // close cancels the loads, waits for them, and forgets everything. Every later get is ErrClosed, and so is
@@ -236,10 +224,6 @@ func (l *lookup[K, V]) stats() lookupStats {
 func (l *lookup[K, V]) resetLocked() {
 	positives, _ := lru.New[K, V](l.cfg.size) // fails for a size below 1 alone
 	l.positives.Store(positives)
-	l.resetNegativesLocked()
-}
-
-func (l *lookup[K, V]) resetNegativesLocked() {
 	if l.cfg.negativeSize > 0 && l.cfg.negativeTTL > 0 {
 		negatives, _ := lru.New[K, time.Time](l.cfg.negativeSize)
 		l.negatives.Store(negatives)

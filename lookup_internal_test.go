@@ -105,6 +105,9 @@ func TestLookupFoundNeverExpiresAndMissingDoes(t *testing.T) {
 	})
 }
 
+// peek looks at what is remembered as found, without a load.
+func (l *lookup[K, V]) peek(key K) (V, bool) { return l.positives.Load().Peek(key) }
+
 func TestLookupKeepsNothingMissingWhenToldSo(t *testing.T) {
 	for _, cfg := range []lookupConfig{{size: 1, negativeSize: 5}, {size: 1, negativeTTL: time.Hour}} {
 		s := &source{rows: map[string]string{}}
@@ -112,7 +115,7 @@ func TestLookupKeepsNothingMissingWhenToldSo(t *testing.T) {
 			wantLookup(t, l, "a", "", false)
 			wantLookup(t, l, "a", "", false)
 			l.forget("a")
-			l.forgetNegatives()
+			l.forgetAll()
 			s.wantLoads(t, 2)
 		})
 	}
@@ -210,8 +213,6 @@ func TestLookupLoadThatBeganBeforeAForgetIsNotRemembered(t *testing.T) {
 	for name, forget := range map[string]func(*lookup[string, string]){
 		"forget":    func(l *lookup[string, string]) { l.forget("a"); l.forget("b") },
 		"forgetAll": func(l *lookup[string, string]) { l.forgetAll() },
-		// a positive would be right, but the load may as well be about to miss what is there now
-		"forgetNegatives": func(l *lookup[string, string]) { l.forgetNegatives() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := &source{rows: map[string]string{"a": "old"}}
@@ -255,11 +256,9 @@ func TestLookupForgets(t *testing.T) {
 		l.forget("a")
 		l.forget("x")
 		all(6)
-		l.forgetNegatives()
-		all(8)
 		l.forgetAll()
-		all(12)
-		all(12)
+		all(10)
+		all(10)
 	})
 }
 
@@ -485,7 +484,6 @@ func TestLookupCloseWaitsForLoadsAndFailsEverybody(t *testing.T) {
 		}
 		l.forget("known")
 		l.forgetAll()
-		l.forgetNegatives()
 	})
 }
 
@@ -525,8 +523,6 @@ func TestLookupStressNeverGivesWhatWasForgottenBefore(t *testing.T) {
 				switch {
 				case rand.IntN(4) == 0:
 					l.forgetAll()
-				case (n-1)%3 == 0 && rand.IntN(2) == 0: // was missing
-					l.forgetNegatives()
 				default:
 					l.forget(key)
 				}
