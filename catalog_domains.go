@@ -67,3 +67,8 @@ func (c *Catalog) RemoveDomain(ctx context.Context, domain string) error {
 		return changed(ctx, tx, "domain", id, canonical)
 	})
 }
+
+// TenantByDomain returns the tenant of a domain.
+func (c *Catalog) TenantByDomain(ctx context.Context, domain string) (Tenant, error) {
+	return c.tenant(ctx, `t.id = (SELECT d.tenant FROM tenancy.domains d WHERE d.domain = $1)`, domain)
+}

@@ -44,6 +44,16 @@ type Config struct {
 	Isolation Isolation
 	// HostManagers are users of the host: they may work without a tenant. Default: none.
 	HostManagers []UserKey
+	// SingleTenant is the name of the one tenant that everything is: every user that the service authenticates is in it, with the role of
+	// their membership or else RoleMember, and what requests say about their tenant means nothing, a claim
+	// that names another apart. So an installation for one customer runs the same code. Open creates the tenant in a primary that has none. Default: off.
+	SingleTenant string
+	// OnlyTenants names the tenants that this node serves. Every other one is refused with a [*NotServedError], and no pool is opened
+	// and no job run for it here. Names follow renames. Default: all.
+	OnlyTenants []string
+	// NodeAddress is where the callers of this node's tenants are sent by nodes that do not serve them, such as
+	// "10.0.0.7:8080". It is shown to callers. Default: none, and this node is not named.
+	NodeAddress string
 	// ValidityCron is when the validity job re-reads what this node holds: five cron fields or
 	// "@every 10m". No zone prefix: fields are in UTC. Default: "@every 10m".
 	ValidityCron string
@@ -63,6 +73,8 @@ type Config struct {
 	// Logger receives what an operator should know. Default: slog.Default().
 	Logger *slog.Logger
 
+	// Store tells of names, domains, memberships and suspensions in the primary's place. Default: the primary.
+	Store Store
 	// WrapResolver replaces the default resolver, or wraps it. Default: the default resolver.
 	WrapResolver func(next TenantResolver) TenantResolver
 	// PoolBuilder makes a tenant's pool from a finished configuration. Default: pgxpool.NewWithConfig.
@@ -106,6 +118,8 @@ type LookupConfig struct {
 	// StaleGrace is how long known users are served while the primary cannot be reached.
 	// Default: 60 s. At least 5 s.
 	StaleGrace time.Duration
+	// StoreTTL is how long an answer of Config.Store is believed. Default: 5 s. From 100 ms to 1 h.
+	StoreTTL time.Duration
 	// PollPeriod is how often the change feed is read without a notification. Default: 1 s.
 	// From 100 ms to 10 s.
 	PollPeriod time.Duration
@@ -130,7 +144,8 @@ type Limits struct {
 }
 
 // FromEnv returns a Config made of TENANCY_PRIMARY_URL, TENANCY_LISTEN_URL, TENANCY_HOST_URL,
-// TENANCY_KEYS, TENANCY_VALIDITY_CRON and TENANCY_HOST_MANAGERS (comma separated). Variables that are not set
+// TENANCY_KEYS, TENANCY_VALIDITY_CRON, TENANCY_SINGLE_TENANT, TENANCY_NODE_ADDRESS, and of TENANCY_HOST_MANAGERS and
+// TENANCY_ONLY_TENANTS (both comma separated). Variables that are not set
 // leave the default. An error names the variable, never its value.
 func FromEnv() (Config, error) {
 	c := Config{
@@ -138,6 +153,9 @@ func FromEnv() (Config, error) {
 		ListenURL:    os.Getenv("TENANCY_LISTEN_URL"),
 		HostURL:      os.Getenv("TENANCY_HOST_URL"),
 		ValidityCron: os.Getenv("TENANCY_VALIDITY_CRON"),
+		SingleTenant: os.Getenv("TENANCY_SINGLE_TENANT"),
+		NodeAddress:  os.Getenv("TENANCY_NODE_ADDRESS"),
+		OnlyTenants:  listOf(os.Getenv("TENANCY_ONLY_TENANTS")),
 	}
 	if c.PrimaryURL == "" {
 		return Config{}, invalid(errors.New("TENANCY_PRIMARY_URL is not set"))
@@ -147,12 +165,19 @@ func FromEnv() (Config, error) {
 		return Config{}, fmt.Errorf("TENANCY_KEYS: %w", err)
 	}
 	c.Keys = keys
-	for m := range strings.SplitSeq(os.Getenv("TENANCY_HOST_MANAGERS"), ",") {
-		if m = strings.TrimSpace(m); m != "" {
-			c.HostManagers = append(c.HostManagers, UserKey(m))
-		}
+	for _, m := range listOf(os.Getenv("TENANCY_HOST_MANAGERS")) {
+		c.HostManagers = append(c.HostManagers, UserKey(m))
 	}
 	return c, nil
+}
+
+func listOf(commaSeparated string) (list []string) {
+	for s := range strings.SplitSeq(commaSeparated, ",") {
+		if s = strings.TrimSpace(s); s != "" {
+			list = append(list, s)
+		}
+	}
+	return list
 }
 
 // withDefaults returns a copy of c with every default filled in.
@@ -165,6 +190,7 @@ func (c Config) withDefaults() Config {
 	def(&c.Lookups.NegativeTTL, 5*time.Second)
 	def(&c.Lookups.StaleGrace, 60*time.Second)
 	def(&c.Lookups.PollPeriod, time.Second)
+	def(&c.Lookups.StoreTTL, 5*time.Second)
 	def(&c.Lookups.Timeout, 5*time.Second)
 	def(&c.Limits.TenantConns, 4)
 	def(&c.Limits.PrimaryConns, 8)
@@ -177,6 +203,7 @@ func (c Config) withDefaults() Config {
 		c.Logger = slog.Default()
 	}
 	c.HostManagers = slices.Clone(c.HostManagers)
+	c.OnlyTenants = slices.Clone(c.OnlyTenants)
 	c.GoMigrations = slices.Clone(c.GoMigrations)
 	return c
 }
@@ -204,6 +231,9 @@ func (c Config) validate() error {
 			return invalid(fmt.Errorf("Config.HostManagers[%d]: %w", i, err))
 		}
 	}
+	if err := c.validateNode(); err != nil {
+		return err
+	}
 	if _, err := parseCron(c.ValidityCron); err != nil {
 		return invalid(fmt.Errorf("Config.ValidityCron: %w", err))
 	}
@@ -219,6 +249,7 @@ func (c Config) validate() error {
 		atLeast("Lookups.Size", l.Size, 1), atLeast("Lookups.NegativeSize", l.NegativeSize, 1),
 		within("Lookups.NegativeTTL", l.NegativeTTL, time.Millisecond, time.Hour),
 		within("Lookups.StaleGrace", l.StaleGrace, 5*time.Second, 24*time.Hour),
+		within("Lookups.StoreTTL", l.StoreTTL, 100*time.Millisecond, time.Hour),
 		within("Lookups.PollPeriod", l.PollPeriod, 100*time.Millisecond, 10*time.Second),
 		within("Lookups.Timeout", l.Timeout, 10*time.Millisecond, time.Minute),
 		atLeast("Limits.TenantConns", c.Limits.TenantConns, 1), atLeast("Limits.PrimaryConns", c.Limits.PrimaryConns, 3),
@@ -228,6 +259,27 @@ func (c Config) validate() error {
 		atLeast("Limits.Provisions", c.Limits.Provisions, 1),
 		within("DrainTimeout", c.DrainTimeout, time.Millisecond, time.Hour),
 	)
+}
+
+// validateNode checks what this node serves and how it is called.
+func (c Config) validateNode() error {
+	for i, name := range c.OnlyTenants {
+		if err := ident.Slug(name); err != nil {
+			return invalid(fmt.Errorf("Config.OnlyTenants[%d]: %w", i, err))
+		}
+	}
+	if c.SingleTenant != "" {
+		if err := ident.Slug(c.SingleTenant); err != nil {
+			return invalid(fmt.Errorf("Config.SingleTenant: %w", err))
+		}
+		if len(c.OnlyTenants) > 0 {
+			return invalid(errors.New("Config.SingleTenant and Config.OnlyTenants: give one of them"))
+		}
+	}
+	if len(c.NodeAddress) > 255 || strings.ContainsFunc(c.NodeAddress, func(r rune) bool { return r <= ' ' || r > '~' || r == ',' || r == '"' }) {
+		return invalid(errors.New("Config.NodeAddress: at most 255 printable ASCII characters, without spaces, commas and quotes: it is sent in a header"))
+	}
+	return nil
 }
 
 func atLeast[T int | int32](field string, value, low T) error {

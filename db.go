@@ -159,6 +159,9 @@ func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (
 // panics, or ctx has ended before the commit, it is rolled back; the rollback has 5 s of its own,
 // whatever became of ctx. fn gets ctx, which carries the session.
 //
+// Inside fn nobody can switch: with its ctx [Tenancy.Enter], [Tenancy.Impersonate] and [Tenancy.Resolve] into another tenant, and
+// all work on what [AsHost] returns, are refused with [ErrTenantMismatch].
+//
 // The error is that of the begin, of fn unchanged, or of the commit: [pgx.ErrTxCommitRollback] when
 // fn ignored a failed statement, [pgx.ErrTxClosed] when it ended the transaction itself. fn is run once.
 func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx context.Context, tx pgx.Tx) error) error {
@@ -174,7 +177,7 @@ func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx 
 			t.Rollback(undo) // a failure closes the connection, and with it the transaction
 		}
 	}()
-	if err := fn(ctx, t); err != nil {
+	if err := fn(withTx(ctx, t.(*guardedTx).tenant()), t); err != nil {
 		return err
 	}
 	err = t.Commit(ctx)
@@ -245,6 +248,9 @@ func (tn *Tenancy) acquire(ctx context.Context, r *record) (checkout, error) {
 }
 
 func (db *TenantAwareDB) checkoutHost(ctx context.Context, op string) (checkout, error) {
+	if s := sessionOf(ctx); s != nil && s.refused {
+		return checkout{}, &Error{Op: op, Name: "host", Err: errSwitchInTx}
+	}
 	if db.tn.hostPool == nil {
 		return checkout{}, hinted(ErrNoHostData, "set Config.HostURL")
 	}

@@ -111,8 +111,11 @@ var (
 )
 
 func errNoTenant(s *Session) error {
-	if s == nil {
+	switch {
+	case s == nil:
 		return errNoSession
+	case s.refused:
+		return errSwitchInTx
 	}
 	return errHostSession
 }

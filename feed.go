@@ -95,7 +95,12 @@ func (f *feed) follow() {
 	tick := time.NewTicker(f.tn.cfg.Lookups.PollPeriod)
 	defer tick.Stop()
 	quiet := false // one line for an outage, not one a second
+	believed := time.Now()
 	for {
+		if f.tn.cfg.Store != nil && time.Since(believed) >= f.tn.cfg.Lookups.StoreTTL { // it announces nothing
+			f.tn.view.forgetEverything()
+			believed = time.Now()
+		}
 		select {
 		case <-f.ctx.Done():
 			return
@@ -272,12 +277,16 @@ func isUnavailable(err error) bool {
 
 // report tells the primary which change this node has applied, which fences wait for.
 func (f *feed) report(ctx context.Context) error {
-	_, err := f.tn.primary.pool.Exec(ctx, `INSERT INTO tenancy.nodes (id, name, epoch) VALUES ($1, $2, $3)
-		ON CONFLICT (id) DO UPDATE SET epoch = excluded.epoch, seen = now()`, f.node, f.name, f.epoch)
+	cfg, pool := f.tn.cfg, f.tn.primary.pool
+	_, err := pool.Exec(ctx, `INSERT INTO tenancy.nodes (id, name, epoch, serves, address) VALUES ($1, $2, $3, $4, $5)
+		ON CONFLICT (id) DO UPDATE SET epoch = excluded.epoch, seen = now()`, f.node, f.name, f.epoch, cfg.OnlyTenants, cfg.NodeAddress)
 	if err != nil {
 		return unavailable("report", err)
 	}
 	f.reported = time.Now()
+	if f.tn.view.share != nil {
+		return f.tn.view.share.read(ctx, pool)
+	}
 	return nil
 }
 

@@ -265,14 +265,17 @@ func changed(ctx context.Context, tx pgx.Tx, kind string, tenant ID, key string)
 	return err
 }
 
-// audit records who did what. The actor is the user of ctx's session, "" for the service itself.
+// audit records who did what. The actor is the user of ctx's session, "" for the service itself; one on a visit is recorded with its reason.
 func audit(ctx context.Context, tx pgx.Tx, action string, tenant ID, detail map[string]any) error {
 	var actor UserKey
-	if s := sessionOf(ctx); s != nil {
-		actor = s.user
-	}
 	if detail == nil {
 		detail = map[string]any{}
+	}
+	if s := sessionOf(ctx); s != nil {
+		actor = s.user
+		if s.visit != nil {
+			detail["visit"] = s.visit.Reason
+		}
 	}
 	_, err := tx.Exec(ctx, `INSERT INTO tenancy.audit (actor, action, tenant, detail) VALUES ($1, $2, nullif($3::bigint, 0), $4)`, actor, action, tenant, detail)
 	return err

@@ -2,10 +2,10 @@ package tenancy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
-	"strconv"
-	"strings"
+	"time"
 
 	"github.com/msmt-go/tenancy/internal/ident"
 )
@@ -14,7 +14,7 @@ import (
 // tenant that it names, so a resolver cannot let anyone into one that is suspended or gone.
 //
 // Implementations are called for every request, concurrently, and answer from memory where they
-// can. They return [ErrForbidden] for a user who has no business there, [ErrAmbiguousTenant],
+// can. [Tenancy.Check] calls them too, with the session's tenant as a Choice by ID. They return [ErrForbidden] for a user who has no business there, [ErrAmbiguousTenant],
 // [ErrTenantNotFound] (for an anonymous caller) or [ErrPrimaryUnavailable]; any other error is refused as a failure of the service.
 type TenantResolver interface {
 	ResolveTenant(ctx context.Context, q Query) (Resolution, error)
@@ -31,7 +31,9 @@ func (f TenantResolverFunc) ResolveTenant(ctx context.Context, q Query) (Resolut
 // Query is what is known of a caller.
 type Query struct {
 	User  UserKey // from the service's own authentication; "": anonymous
-	Hints []Hint  // what the request says about its tenant; all must agree
+	Hints []Hint  // what the request says about its tenant; all must agree, and the first one is Session.Source
+
+	again bool // asked by Check: to be refused then is no attempt
 }
 
 // Hint is a request's word about its tenant. It is never believed by itself.
@@ -89,11 +91,16 @@ func (e *AmbiguousError) Unwrap() error { return ErrAmbiguousTenant }
 //
 //   - A user without hints gets the default membership. Several and no default are an [*AmbiguousError];
 //     none is the host for a host manager and [ErrForbidden] for everyone else.
-//   - A user with hints gets the hinted tenant, if a member; hints that disagree, a foreign and a missing tenant are all ErrForbidden.
-//   - An anonymous caller gets the tenant that a Place names, or a host session when none does. An unknown, suspended or deleted one is [ErrTenantNotFound].
+//   - A user with hints gets the hinted tenant, if a member; hints that disagree, a foreign and a missing tenant are all
+//     ErrForbidden, and take the same time. Where the tenant exists, the audit trail says who tried.
+//   - An anonymous caller gets the tenant that a Place names, or a host session when none does. An unknown, suspended or deleted one,
+//     and two places that disagree, are [ErrTenantNotFound].
 //
 // For members a tenant that is out of service is [ErrTenantSuspended], [ErrTenantMaintenance], [ErrTenantGone] or
-// [ErrTenantNotReady]. Other errors: [ErrInvalid], [ErrPrimaryUnavailable] (never "not found"), [ErrClosed].
+// [ErrTenantNotReady]; an active one that this node does not serve is a [*NotServedError], for guests too. Other errors: [ErrInvalid],
+// [ErrTenantMismatch] inside a transaction of another tenant, [ErrPrimaryUnavailable] (never "not found"), [ErrClosed].
+//
+// With Config.SingleTenant everyone gets that tenant.
 func (tn *Tenancy) Resolve(ctx context.Context, q Query) (context.Context, error) {
 	const op = "resolve"
 	if tn.closing.Load() {
@@ -108,11 +115,16 @@ func (tn *Tenancy) Resolve(ctx context.Context, q Query) (context.Context, error
 	if err != nil {
 		return nil, wrapOp(op, 0, err)
 	}
-	s := Session{user: q.User, role: res.Role, source: res.Source, host: res.Tenant == 0}
+	if err := refuseSwitch(ctx, res.Tenant); err != nil {
+		return nil, &Error{Op: op, Tenant: res.Tenant, Err: err}
+	}
+	s := Session{user: q.User, role: res.Role, source: res.Source, host: res.Tenant == 0,
+		manager: q.User != "" && (res.Host || tn.managers[q.User])}
 	if res.Tenant == 0 {
 		if !res.Host { // a resolver's zero answer is no way in
 			return nil, &Error{Op: op, Err: ErrForbidden}
 		}
+		s.role = ""
 		return withSession(ctx, s), nil
 	}
 	r := res.record
@@ -123,34 +135,12 @@ func (tn *Tenancy) Resolve(ctx context.Context, q Query) (context.Context, error
 		err = r.served(op)
 	}
 	if err != nil {
-		if q.User == "" && !isUnavailable(err) {
+		if q.User == "" && !isUnavailable(err) && !errors.Is(err, ErrNotServed) {
 			err = ErrTenantNotFound
 		}
 		return nil, wrapOp(op, res.Tenant, err)
 	}
 	s.tenant, s.record = &r.tenant, r
-	return withSession(ctx, s), nil
-}
-
-// Enter returns a context for one tenant, for jobs and for the service's own work. It checks
-// that the tenant exists and is served; no membership is asked for, so the ID must not come
-// from a request. The session has no role. The error is [ErrTenantNotFound], one of the
-// tenant's states as in [Tenancy.Resolve], [ErrPrimaryUnavailable] or [ErrClosed].
-func (tn *Tenancy) Enter(ctx context.Context, id ID) (context.Context, error) {
-	if tn.closing.Load() {
-		return nil, &Error{Op: "enter", Tenant: id, Err: ErrClosed}
-	}
-	r, err := tn.view.record(ctx, id)
-	if err == nil {
-		err = r.served("enter")
-	}
-	if err != nil {
-		return nil, wrapOp("enter", id, err)
-	}
-	s := Session{tenant: &r.tenant, record: r, source: "enter"}
-	if from := sessionOf(ctx); from != nil {
-		s.user = from.user
-	}
 	return withSession(ctx, s), nil
 }
 
@@ -160,6 +150,11 @@ func (tn *Tenancy) current(ctx context.Context, op string) (*record, error) {
 	s := sessionOf(ctx)
 	if s == nil || s.tenant == nil {
 		return nil, wrapOp(op, 0, errNoTenant(s))
+	}
+	if s.visit != nil {
+		if err := s.visit.over(time.Now()); err != nil {
+			return nil, &Error{Op: op, Tenant: s.tenant.ID, Name: s.tenant.Name, Err: err}
+		}
 	}
 	if s.tenant.realm != tn.realm {
 		return nil, wrapOp(op, s.tenant.ID, hinted(ErrTenantMismatch, "the context's tenant belongs to another primary"))
@@ -171,7 +166,7 @@ func (tn *Tenancy) current(ctx context.Context, op string) (*record, error) {
 			return nil, wrapOp(op, s.tenant.ID, err)
 		}
 	}
-	if r.tenant.State != StateActive || r.sourceErr != nil {
+	if r.tenant.State != StateActive || r.sourceErr != nil || r.elsewhere != nil {
 		return nil, r.served(op)
 	}
 	return r, nil
@@ -185,40 +180,29 @@ func wrapOp(op string, id ID, err error) error {
 	return &Error{Op: op, Tenant: id, Err: err}
 }
 
-// defaultResolver answers from memberships in the primary.
+// defaultResolver answers from memberships.
 type defaultResolver struct {
 	view     *view
-	managers []UserKey
+	managers map[UserKey]bool
+	refused  *refusedHints
 }
 
 func (r *defaultResolver) ResolveTenant(ctx context.Context, q Query) (Resolution, error) {
 	if r.view.stale.Load() {
 		return Resolution{}, errStale
 	}
-	hint, err := r.hinted(ctx, q)
-	if err != nil {
-		return Resolution{}, err
-	}
 	if q.User == "" {
-		if hint.given && hint.id == 0 {
-			return Resolution{}, ErrTenantNotFound
-		}
-		return Resolution{Tenant: hint.id, Host: !hint.given, Source: hint.source}, nil
+		return r.guest(ctx, q.Hints)
 	}
 	members, found, err := r.view.users.get(ctx, q.User)
 	if err != nil {
 		return Resolution{}, lookupFailure(ctx, err)
 	}
-	if hint.given {
-		for _, m := range members {
-			if m.tenant == hint.id {
-				return r.member(ctx, m, hint.source), nil
-			}
-		}
-		return Resolution{}, ErrForbidden
+	if slices.ContainsFunc(q.Hints, func(h Hint) bool { return h.Value != "" }) {
+		return r.hinted(ctx, q, members)
 	}
 	if !found {
-		if slices.Contains(r.managers, q.User) {
+		if r.managers[q.User] {
 			return Resolution{Host: true, Source: "host"}, nil
 		}
 		return Resolution{}, ErrForbidden
@@ -231,87 +215,148 @@ func (r *defaultResolver) ResolveTenant(ctx context.Context, q Query) (Resolutio
 	return Resolution{}, r.ambiguous(ctx, members)
 }
 
+// guest lets places alone speak. One that is unknown and two that disagree are told alike: the difference would say which tenants exist.
+func (r *defaultResolver) guest(ctx context.Context, hints []Hint) (Resolution, error) {
+	res := Resolution{Host: true}
+	for _, h := range hints {
+		if h.Value == "" || h.Trust != Place {
+			continue
+		}
+		id, err := r.view.find(ctx, h)
+		if err != nil {
+			return Resolution{}, err
+		}
+		if id == 0 || !res.Host && res.Tenant != id {
+			return Resolution{}, ErrTenantNotFound
+		}
+		if res.Host {
+			res = Resolution{Tenant: id, Source: h.Source}
+		}
+	}
+	return res, nil
+}
+
+// hinted chooses among the user's own tenants. All hints must mean the same one.
+//
+// What is compared is the user's memberships, not what the primary has: a foreign tenant and a missing one are refused
+// after the same work. Whether there is such a tenant is found out afterwards, by who writes the audit trail.
+func (r *defaultResolver) hinted(ctx context.Context, q Query, members []*member) (Resolution, error) {
+	var chosen *member
+	var source string
+	for _, h := range q.Hints {
+		if h.Value == "" {
+			continue
+		}
+		m, err := r.own(ctx, h, members)
+		switch {
+		case err != nil:
+			return Resolution{}, err
+		case m == nil:
+			r.refused.note(q, members)
+			return Resolution{}, ErrForbidden
+		case chosen != nil && m != chosen:
+			r.refused.note(q, members)
+			return Resolution{}, hinted(ErrForbidden, "the request names two tenants (by %s and by %s)", source, h.Source)
+		case chosen == nil:
+			chosen, source = m, h.Source
+		}
+	}
+	return r.member(ctx, chosen, source), nil
+}
+
+// own returns the membership that a hint means, nil when it means none of the user's.
+func (r *defaultResolver) own(ctx context.Context, h Hint, members []*member) (*member, error) {
+	if h.By != ByName {
+		id, err := r.view.find(ctx, h)
+		if err != nil {
+			return nil, err
+		}
+		for _, m := range members {
+			if m.tenant == id {
+				return m, nil
+			}
+		}
+		return nil, nil
+	}
+	var unknown error
+	for _, m := range members {
+		rec, err := r.recordOf(ctx, m)
+		if err != nil && !errors.Is(err, ErrTenantNotFound) {
+			unknown = err // it may be the one that is meant
+		} else if err == nil && rec.tenant.Name == h.Value {
+			return m, nil
+		}
+	}
+	return nil, unknown
+}
+
+// recordOf returns the record of a membership's tenant.
+func (r *defaultResolver) recordOf(ctx context.Context, m *member) (*record, error) {
+	if rec := m.record.Load(); r.view.current(rec) {
+		return rec, nil
+	}
+	rec, err := r.view.record(ctx, m.tenant)
+	if err == nil {
+		m.record.Store(rec)
+	}
+	return rec, err
+}
+
 // member is the answer for a membership, with the tenant's record. A record that cannot be had is not
 // decided on here: the library asks for it again, and refuses.
 func (r *defaultResolver) member(ctx context.Context, m *member, source string) Resolution {
-	rec := m.record.Load()
-	if !r.view.current(rec) {
-		var err error
-		if rec, err = r.view.record(ctx, m.tenant); err == nil {
-			m.record.Store(rec)
-		}
-	}
+	rec, _ := r.recordOf(ctx, m)
 	return Resolution{Tenant: m.tenant, Role: m.role, Source: source, record: rec}
-}
-
-// verdict is what all hints of a request say together.
-type verdict struct {
-	given  bool
-	id     ID // 0: no such tenant
-	source string
-}
-
-// hinted looks every hint up and refuses those that disagree. An unknown tenant is an answer (0), not an error: what becomes of it
-// depends on who asks.
-func (r *defaultResolver) hinted(ctx context.Context, q Query) (v verdict, err error) {
-	for _, h := range q.Hints {
-		if h.Value == "" || q.User == "" && h.Trust != Place {
-			continue
-		}
-		id, err := r.find(ctx, h)
-		if err != nil {
-			return v, err
-		}
-		if v.given && v.id != id {
-			return v, hinted(ErrForbidden, "the request names two tenants (%s and %s)", v.source, h.Source)
-		}
-		if !v.given {
-			v = verdict{true, id, h.Source}
-		}
-	}
-	return v, nil
-}
-
-func (r *defaultResolver) find(ctx context.Context, h Hint) (id ID, err error) {
-	switch h.By {
-	case ByName:
-		if ident.Slug(h.Value) != nil {
-			return 0, nil // no tenant has such a name; the primary need not be asked
-		}
-		id, _, err = r.view.names.get(ctx, h.Value)
-	case ByDomain:
-		domain, bad := ident.Domain(h.Value)
-		if bad != nil {
-			return 0, nil
-		}
-		id, _, err = r.view.domains.get(ctx, domain)
-	case ByID:
-		n, bad := strconv.ParseInt(h.Value, 10, 64)
-		if bad != nil || n <= 0 || strings.HasPrefix(h.Value, "+") {
-			return 0, nil
-		}
-		_, found, e := r.view.records.get(ctx, ID(n))
-		if err = e; found {
-			id = ID(n)
-		}
-	}
-	if err != nil {
-		return 0, lookupFailure(ctx, err)
-	}
-	return id, nil
 }
 
 // ambiguous names the user's own choices, without the tenants that are out of service.
 func (r *defaultResolver) ambiguous(ctx context.Context, members []*member) error {
 	e := &AmbiguousError{}
 	for _, m := range members {
-		rec, err := r.view.record(ctx, m.tenant)
+		rec, err := r.recordOf(ctx, m)
 		if err != nil {
 			return err
 		}
-		if rec.served("resolve") == nil {
+		if err := rec.served("resolve"); err == nil || errors.Is(err, ErrNotServed) {
 			e.Tenants = append(e.Tenants, rec.tenant)
 		}
 	}
 	return e
+}
+
+// singleResolver gives everyone the one tenant of Config.SingleTenant.
+type singleResolver struct {
+	view   *view
+	tenant ID
+}
+
+func (r *singleResolver) ResolveTenant(ctx context.Context, q Query) (Resolution, error) {
+	if r.view.stale.Load() {
+		return Resolution{}, errStale
+	}
+	res := Resolution{Tenant: r.tenant, Source: "single tenant"}
+	if q.User == "" {
+		return res, nil
+	}
+	for _, h := range q.Hints { // places and choices mean nothing here; a token that was made out for another tenant does
+		if h.Trust != Identity || h.Value == "" {
+			continue
+		}
+		if id, err := r.view.find(ctx, h); err != nil {
+			return Resolution{}, err
+		} else if id != r.tenant {
+			return Resolution{}, ErrForbidden
+		}
+	}
+	members, _, err := r.view.users.get(ctx, q.User)
+	if err != nil {
+		return Resolution{}, lookupFailure(ctx, err)
+	}
+	res.Role = RoleMember
+	for _, m := range members {
+		if m.tenant == r.tenant {
+			res.Role = m.role
+		}
+	}
+	return res, nil
 }

@@ -76,6 +76,8 @@ type Tenancy struct {
 	primary    *primaryDB
 	view       *view
 	resolver   TenantResolver
+	managers   map[UserKey]bool
+	refused    *refusedHints
 	feed       *feed
 	migrations migrations
 	pools      *lease.Table[ID, *tenantPool]
@@ -139,6 +141,11 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 	tn := &Tenancy{cfg: cfg, realm: primary.realm, primary: primary, migrations: m, provisions: make(chan struct{}, cfg.Limits.Provisions)}
 	tn.catalog = &Catalog{tn}
 	tn.db, tn.host = &TenantAwareDB{tn: tn}, &TenantAwareDB{tn: tn, host: true}
+	tn.managers = make(map[UserKey]bool, len(cfg.HostManagers))
+	for _, m := range cfg.HostManagers {
+		tn.managers[m] = true
+	}
+	tn.refused = newRefusedHints(tn)
 	tn.feed = newFeed(tn)
 	if err := tn.start(ctx); err != nil {
 		tn.cfg.DrainTimeout = 0
@@ -148,14 +155,8 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 }
 
 func (tn *Tenancy) start(ctx context.Context) (err error) {
-	if tn.view, err = newView(tn.primary, tn.cfg.Lookups); err != nil {
+	if tn.view, err = newView(tn.primary, tn.cfg.Store, tn.cfg); err != nil {
 		return err
-	}
-	tn.resolver = &defaultResolver{view: tn.view, managers: tn.cfg.HostManagers}
-	if wrap := tn.cfg.WrapResolver; wrap != nil {
-		if tn.resolver = wrap(tn.resolver); tn.resolver == nil {
-			return invalid(errors.New("Config.WrapResolver returned nil"))
-		}
 	}
 	tn.pools = tn.newPools()
 	tn.followers = append(tn.followers, tableFollower[*tenantPool]{tn.pools})
@@ -170,7 +171,52 @@ func (tn *Tenancy) start(ctx context.Context) (err error) {
 	if err := tn.verifyServers(ctx); err != nil {
 		return err
 	}
-	return tn.feed.start(ctx)
+	if err := tn.feed.start(ctx); err != nil {
+		return err
+	}
+	return tn.chooseResolver(ctx)
+}
+
+// chooseResolver comes last: with Config.SingleTenant that tenant is there from here on.
+func (tn *Tenancy) chooseResolver(ctx context.Context) error {
+	tn.resolver = &defaultResolver{view: tn.view, managers: tn.managers, refused: tn.refused}
+	if name := tn.cfg.SingleTenant; name != "" {
+		id, err := tn.singleTenant(ctx, name)
+		if err != nil {
+			return err
+		}
+		tn.resolver = &singleResolver{view: tn.view, tenant: id}
+	}
+	if wrap := tn.cfg.WrapResolver; wrap != nil {
+		if tn.resolver = wrap(tn.resolver); tn.resolver == nil {
+			return invalid(errors.New("Config.WrapResolver returned nil"))
+		}
+	}
+	return nil
+}
+
+// singleTenant returns the one tenant, made if the primary has none at all: where there are others, a name that
+// is not among them is a mistake or was changed, and an empty tenant in its place would look like lost data.
+func (tn *Tenancy) singleTenant(ctx context.Context, name string) (ID, error) {
+	t, err := tn.catalog.TenantByName(ctx, name)
+	if err == nil && t.State != StateProvisioning {
+		return t.ID, nil
+	}
+	if err != nil && !errors.Is(err, ErrTenantNotFound) {
+		return 0, err
+	}
+	var others bool
+	if err := tn.primary.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM tenancy.tenants WHERE name <> $1)`, name).Scan(&others); err != nil {
+		return 0, unavailable("open the single tenant", err)
+	}
+	if others {
+		return 0, &Error{Op: "open the single tenant", Name: name, Err: hinted(ErrTenantNotFound, "Config.SingleTenant names none of the tenants that the primary has; Open makes it only where there are none")}
+	}
+	t, err = tn.catalog.Create(ctx, NewTenant{Name: name})
+	if errors.Is(err, ErrTenantExists) { // another node made it meanwhile
+		t, err = tn.catalog.TenantByName(ctx, name)
+	}
+	return t.ID, err
 }
 
 // verifyServers registers Config.Server if no server is known and checks those with a
@@ -258,6 +304,7 @@ func (tn *Tenancy) Shutdown(ctx context.Context) error {
 	for _, r := range slices.Backward(registries) {
 		errs = append(errs, r.Close(ctx))
 	}
+	tn.refused.close(ctx)
 	tn.feed.close() // not before: what drains above is still told of every change
 	if tn.pools != nil {
 		cut, err := tn.pools.Close(ctx)

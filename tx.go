@@ -17,6 +17,14 @@ type guardedTx struct {
 	c    checkout    // given back at the end; empty in a savepoint
 }
 
+// tenant is 0 for the host's.
+func (t *guardedTx) tenant() ID {
+	if t.pool == nil {
+		return 0
+	}
+	return t.pool.tenant.ID
+}
+
 // admit refuses the context of another tenant or realm. A context without a tenant is admitted:
 // the transaction itself says whose it is, and context.Background() is a habit in clean-up.
 func (t *guardedTx) admit(ctx context.Context) error {

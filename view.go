@@ -4,16 +4,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/msmt-go/tenancy/internal/ident"
 )
 
 // view is what this node knows of the catalog: bounded look-ups that the feed keeps true.
 // It answers from memory; the primary is asked on a miss alone.
 type view struct {
 	primary *primaryDB
+	store   Store  // Config.Store; nil: the primary
+	share   *share // nil: this node serves every tenant
 	records *lookup[ID, *record]
 	names   *lookup[string, ID]
 	domains *lookup[string, ID]
@@ -35,6 +40,7 @@ type record struct {
 	retryAfter time.Duration
 	source     DataSource // how to reach its data, with the password
 	sourceErr  error      // why source is unusable: this tenant is refused, the others are not
+	elsewhere  *share     // who knows the nodes that serve it; nil: this one does
 
 	checked uint64 // atomic: view.changes, one more, when this record was last looked up
 }
@@ -52,9 +58,12 @@ type member struct {
 	record    atomic.Pointer[record] // the tenant's, as last looked up for this user; used while it is current
 }
 
-func newView(primary *primaryDB, cfg LookupConfig) (*view, error) {
-	v := &view{primary: primary}
-	bounds := lookupConfig{size: cfg.Size, negativeSize: cfg.NegativeSize, negativeTTL: cfg.NegativeTTL, loadTimeout: cfg.Timeout}
+func newView(primary *primaryDB, store Store, cfg Config) (*view, error) {
+	v := &view{primary: primary, store: store}
+	if len(cfg.OnlyTenants) > 0 {
+		v.share = &share{only: cfg.OnlyTenants}
+	}
+	bounds := lookupConfig{size: cfg.Lookups.Size, negativeSize: cfg.Lookups.NegativeSize, negativeTTL: cfg.Lookups.NegativeTTL, loadTimeout: cfg.Lookups.Timeout}
 	var errs [4]error
 	v.records, errs[0] = newLookup(bounds, v.loadRecord)
 	v.names, errs[1] = newLookup(bounds, v.loadName)
@@ -145,6 +154,9 @@ func (r *record) served(op string) error {
 		if r.sourceErr != nil {
 			return fail(r.sourceErr, 0)
 		}
+		if r.elsewhere != nil {
+			return fail(&NotServedError{Nodes: r.elsewhere.elsewhere(r.tenant.Name)}, 0)
+		}
 		return nil
 	case StateProvisioning:
 		return fail(ErrTenantNotReady, time.Second)
@@ -159,19 +171,64 @@ func (r *record) served(op string) error {
 	}
 }
 
+// find returns the tenant that a hint means, 0 when there is none: that is an answer, and what becomes of it depends on who asks.
+func (v *view) find(ctx context.Context, h Hint) (id ID, err error) {
+	switch h.By {
+	case ByName:
+		if ident.Slug(h.Value) != nil {
+			return 0, nil // no tenant has such a name; the primary need not be asked
+		}
+		id, _, err = v.names.get(ctx, h.Value)
+	case ByDomain:
+		domain, bad := ident.Domain(h.Value)
+		if bad != nil {
+			return 0, nil
+		}
+		id, _, err = v.domains.get(ctx, domain)
+	case ByID:
+		n, bad := strconv.ParseInt(h.Value, 10, 64)
+		if bad != nil || n <= 0 || strings.HasPrefix(h.Value, "+") {
+			return 0, nil
+		}
+		_, found, e := v.records.get(ctx, ID(n))
+		if err = e; found {
+			id = ID(n)
+		}
+	}
+	if err != nil {
+		return 0, lookupFailure(ctx, err)
+	}
+	return id, nil
+}
+
 func (v *view) loadRecord(ctx context.Context, id ID) (*record, bool, error) {
 	r, err := v.primary.record(ctx, v.primary.pool, id)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, false, nil
 	}
-	return r, err == nil, err
+	if err == nil && v.store != nil {
+		err = r.heed(v.store.Tenant(ctx, id))
+	}
+	if err != nil {
+		return nil, false, err
+	}
+	if !v.share.has(r.tenant.Name) {
+		r.elsewhere = v.share
+	}
+	return r, true, nil
 }
 
 func (v *view) loadName(ctx context.Context, name string) (ID, bool, error) {
+	if v.store != nil {
+		return known(v.store.TenantByName(ctx, name))
+	}
 	return v.loadID(ctx, `SELECT id FROM tenancy.tenants WHERE name = $1`, name)
 }
 
 func (v *view) loadDomain(ctx context.Context, domain string) (ID, bool, error) {
+	if v.store != nil {
+		return known(v.store.TenantByDomain(ctx, domain))
+	}
 	return v.loadID(ctx, `SELECT tenant FROM tenancy.domains WHERE domain = $1`, domain)
 }
 
@@ -185,6 +242,9 @@ func (v *view) loadID(ctx context.Context, sql, key string) (ID, bool, error) {
 }
 
 func (v *view) loadUser(ctx context.Context, key UserKey) ([]*member, bool, error) {
+	if v.store != nil {
+		return membersOf(v.store.TenantsOf(ctx, key))
+	}
 	rows, _ := v.primary.pool.Query(ctx, `SELECT tenant, role, is_default FROM tenancy.memberships WHERE user_key = $1 ORDER BY tenant`, key)
 	members, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (*member, error) {
 		m := new(member)

@@ -37,6 +37,7 @@ type Middleware struct {
 	tn           *tenancy.Tenancy
 	users        UserKeyResolver
 	contributors []Contributor
+	exempt       func(*http.Request) bool // nil: none is
 	onError      func(http.ResponseWriter, *http.Request, error)
 	log          *slog.Logger
 }
@@ -60,7 +61,7 @@ func New(tn *tenancy.Tenancy, users UserKeyResolver, opts ...Option) (*Middlewar
 			return nil, err
 		}
 	}
-	m := &Middleware{tn: tn, users: users, contributors: o.contributors, onError: o.onError, log: o.log}
+	m := &Middleware{tn: tn, users: users, contributors: o.contributors, exempt: o.exempt, onError: o.onError, log: o.log}
 	if m.onError == nil {
 		m.onError = func(w http.ResponseWriter, r *http.Request, err error) { ProblemOf(r, err).Write(w) }
 	}
@@ -80,6 +81,10 @@ func New(tn *tenancy.Tenancy, users UserKeyResolver, opts ...Option) (*Middlewar
 // Use it once on a request's way. A second one resolves anew, and its session wins.
 func (m *Middleware) Tenant(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if m.exempt != nil && m.exempt(r) {
+			next.ServeHTTP(w, r)
+			return
+		}
 		q, err := m.query(r)
 		if err != nil {
 			m.Error(w, r, err)
@@ -116,16 +121,22 @@ func (m *Middleware) query(r *http.Request) (q tenancy.Query, err error) {
 	return q, nil
 }
 
-// RequireTenant lets users of a tenant through. Everyone else is refused: 401 without
+// RequireTenant lets users of a tenant through, and host managers on a visit. Everyone else is refused: 401 without
 // credentials, 403 for a host user.
 func (m *Middleware) RequireTenant(next http.Handler) http.Handler {
 	return m.require(next, inTenant)
 }
 
-// RequireHostUser lets users of the host through. Everyone else is refused: 401 without
-// credentials, 403 for a tenant's user, its administrators included.
+// RequireHostUser lets users of the host through, and takes the tenant off the session of one who is a tenant's member too. Everyone
+// else is refused: 401 without credentials, 403 for a tenant's user, its administrators included.
 func (m *Middleware) RequireHostUser(next http.Handler) http.Handler {
-	return m.require(next, func(s tenancy.Session) bool { return s.IsHost() })
+	host := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if s, _ := tenancy.FromContext(r.Context()); !s.IsHost() {
+			r = r.WithContext(tenancy.AsHost(r.Context()))
+		}
+		next.ServeHTTP(w, r)
+	})
+	return m.require(host, tenancy.Session.IsManager)
 }
 
 // RequireRole lets users through who have the role in their tenant; an administrator has the

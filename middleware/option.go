@@ -11,6 +11,7 @@ type Option func(*options) error
 
 type options struct {
 	contributors []Contributor
+	exempt       func(*http.Request) bool
 	onError      func(http.ResponseWriter, *http.Request, error)
 	log          *slog.Logger
 }
@@ -32,6 +33,21 @@ func WithContributors(cs ...Contributor) Option {
 			}
 		}
 		o.contributors = slices.Clone(cs)
+		return nil
+	}
+}
+
+// WithExempt sets which requests pass [Middleware.Tenant] unresolved, such as a health check under a router-wide Use. They carry no
+// session: the database refuses them, and so does a guard behind. Default: none.
+func WithExempt(fn func(r *http.Request) bool) Option {
+	return func(o *options) error {
+		if fn == nil {
+			return invalid("WithExempt: it is nil")
+		}
+		if o.exempt != nil {
+			return invalid("WithExempt is given twice")
+		}
+		o.exempt = fn
 		return nil
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/msmt-go/tenancy"
@@ -18,6 +19,7 @@ type Problem struct {
 	Status  int      `json:"status"`            // HTTP status; default 500
 	Detail  string   `json:"detail,omitempty"`  // for a person; default: none
 	Tenants []string `json:"tenants,omitempty"` // with 409: the names of the user's own tenants
+	Nodes   []string `json:"nodes,omitempty"`   // with 421: the addresses of the nodes that serve the tenant; sent as NodesHeader too
 
 	RetryAfter time.Duration `json:"-"` // sent as the header, in whole seconds and at least 1; 0: not sent
 }
@@ -30,7 +32,7 @@ type Problem struct {
 //	404  [tenancy.ErrTenantNotFound], and for anonymous callers every tenant that is out of service
 //	409  [tenancy.ErrAmbiguousTenant], with the user's choices
 //	410  [tenancy.ErrTenantGone]
-//	421  [tenancy.ErrNotServed]
+//	421  [tenancy.ErrNotServed], with the nodes that serve the tenant
 //	400  [tenancy.ErrInvalid]
 //	503  [tenancy.ErrTenantMaintenance], [tenancy.ErrTenantNotReady], [tenancy.ErrPrimaryUnavailable],
 //	     [tenancy.ErrTenantUnavailable], a session that the server ended (57P01 to 57P03), [tenancy.ErrClosed], a deadline: with Retry-After
@@ -55,8 +57,15 @@ func ProblemOf(r *http.Request, err error) Problem {
 			p.Tenants = append(p.Tenants, t.Name)
 		}
 	}
+	if e, ok := errors.AsType[*tenancy.NotServedError](err); ok && a.class == tenancy.ErrNotServed {
+		p.Nodes = e.Nodes
+	}
 	return p
 }
+
+// NodesHeader comes with 421 and lists the nodes that serve the tenant ([tenancy.Config].NodeAddress), comma separated: a
+// balancer sends the request to one of them. Nothing of the service has run yet, so that is safe for every method.
+const NodesHeader = "Tenancy-Nodes"
 
 // Write sends p with its status. Headers that are set before, such as WWW-Authenticate, are sent with it.
 func (p Problem) Write(w http.ResponseWriter) {
@@ -80,6 +89,9 @@ func (p Problem) Write(w http.ResponseWriter) {
 	if p.RetryAfter > 0 {
 		seconds := int64((p.RetryAfter + time.Second - 1) / time.Second)
 		h.Set("Retry-After", strconv.FormatInt(seconds, 10))
+	}
+	if len(p.Nodes) > 0 {
+		h.Set(NodesHeader, strings.Join(p.Nodes, ", "))
 	}
 	body, err := json.Marshal(p)
 	if err != nil { // strings and a number: it cannot fail

@@ -1,0 +1,5 @@
+-- +goose Up
+ALTER TABLE tenancy.nodes ADD COLUMN address text NOT NULL DEFAULT '';
+
+-- +goose Down
+SELECT 1;

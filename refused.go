@@ -1,0 +1,178 @@
+package tenancy
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// refusedHints writes to the audit trail who named a tenant that exists and is not theirs.
+//
+// It works behind the request's back: whether the tenant exists must not show in the time of the answer, and a flood of
+// refusals must not wait for the primary, fill it or grow a queue. One user at one tenant is one row a minute for each source; beyond what fits into the
+// queue refusals are counted in the log alone.
+type refusedHints struct {
+	tn    *Tenancy
+	log   *slog.Logger
+	queue chan refusedQuery
+	done  sync.WaitGroup
+	stop  context.CancelFunc
+
+	mu      sync.Mutex // guards dropped and closed
+	dropped int
+	closed  bool
+}
+
+type refusedQuery struct {
+	user    UserKey
+	hints   []Hint
+	members []*member // the user's own
+}
+
+// refusedKey is what is written once a minute.
+type refusedKey struct {
+	user   UserKey
+	tenant ID
+	source string
+}
+
+const (
+	refusedQueue  = 1024
+	refusedPeriod = time.Minute
+	refusedRows   = 4096 // in a period
+)
+
+func newRefusedHints(tn *Tenancy) *refusedHints {
+	r := &refusedHints{tn: tn, log: tn.cfg.Logger, queue: make(chan refusedQuery, refusedQueue)}
+	ctx, stop := context.WithCancel(context.Background())
+	r.stop = stop
+	r.done.Go(func() { r.write(ctx) })
+	return r
+}
+
+// note never waits.
+func (r *refusedHints) note(q Query, members []*member) {
+	if r == nil || q.again {
+		return
+	}
+	kept := make([]Hint, 0, len(q.Hints)) // the caller's slice is the caller's; and no name is longer
+	for _, h := range q.Hints {
+		if h.Value != "" && len(h.Value) <= 256 {
+			kept = append(kept, h)
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return
+	}
+	select {
+	case r.queue <- refusedQuery{q.User, kept, members}:
+	default:
+		r.dropped++
+	}
+}
+
+// close writes what is in the queue, until ctx ends.
+func (r *refusedHints) close(ctx context.Context) {
+	if r == nil {
+		return
+	}
+	r.mu.Lock()
+	if !r.closed {
+		r.closed = true
+		close(r.queue)
+	}
+	r.mu.Unlock()
+	defer context.AfterFunc(ctx, r.stop)()
+	r.done.Wait()
+	r.stop()
+}
+
+func (r *refusedHints) write(ctx context.Context) {
+	seen := map[refusedKey]struct{}{}
+	period := time.NewTicker(refusedPeriod)
+	defer period.Stop()
+	for {
+		select {
+		case q, more := <-r.queue:
+			if !more {
+				return
+			}
+			for key, why := range r.foreign(ctx, q) {
+				if _, told := seen[key]; told {
+					continue
+				}
+				if len(seen) >= refusedRows {
+					r.drop()
+					continue
+				}
+				seen[key] = struct{}{}
+				r.record(ctx, key, why)
+			}
+		case <-period.C:
+			clear(seen)
+			r.mu.Lock()
+			dropped := r.dropped
+			r.dropped = 0
+			r.mu.Unlock()
+			if dropped > 0 {
+				r.log.Warn("tenancy: more hints were refused than the audit trail takes", "not_recorded", dropped)
+			}
+		}
+	}
+}
+
+func (r *refusedHints) drop() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.dropped++
+}
+
+// foreign yields the tenants that the query names and that exist and are not the user's; of a query whose hints
+// are all the user's own and disagree, those.
+func (r *refusedHints) foreign(ctx context.Context, q refusedQuery) map[refusedKey]string {
+	found, own := map[refusedKey]string{}, map[refusedKey]string{}
+	for _, h := range q.hints {
+		id, err := r.tn.view.find(ctx, h)
+		if err != nil {
+			r.log.Warn("tenancy: a refused hint could not be looked into", "user", q.user, "source", h.Source, "error", err)
+			continue
+		}
+		key := refusedKey{q.user, id, h.Source}
+		switch {
+		case id == 0:
+		case belongs(q.members, id):
+			own[key] = "the request names two of the user's tenants"
+		default:
+			found[key] = "the user does not belong to the tenant"
+		}
+	}
+	if len(found) == 0 && len(own) > 1 {
+		return own
+	}
+	return found
+}
+
+func belongs(members []*member, id ID) bool {
+	for _, m := range members {
+		if m.tenant == id {
+			return true
+		}
+	}
+	return false
+}
+
+func (r *refusedHints) record(ctx context.Context, key refusedKey, why string) {
+	ctx, cancel := context.WithTimeout(withSession(ctx, Session{user: key.user}), r.tn.cfg.Lookups.Timeout)
+	defer cancel()
+	err := r.tn.primary.transact(ctx, func(tx pgx.Tx) error {
+		return audit(ctx, tx, "refused hint", key.tenant, map[string]any{"source": key.source, "why": why})
+	})
+	if err != nil {
+		r.log.Warn("tenancy: a refused hint could not be recorded", "user", key.user, "tenant", key.tenant, "source", key.source, "error", withoutSecrets(err))
+	}
+}

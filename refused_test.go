@@ -1,0 +1,79 @@
+package tenancy_test
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/msmt-go/tenancy"
+)
+
+// TestARefusedHintIsOnTheRecordIfTheTenantExists: who tried is written down, and the answer does not say so.
+func TestARefusedHintIsOnTheRecordIfTheTenantExists(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, globex := twoTenants(t, tenancy.Config{})
+	for _, id := range []tenancy.ID{acme.ID, globex.ID} {
+		if err := tn.Catalog().AddMember(t.Context(), tenancy.Membership{User: "carol", Tenant: id}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	hint := func(source string, trust tenancy.Trust, by tenancy.By, value string) tenancy.Hint {
+		return tenancy.Hint{Source: source, Trust: trust, By: by, Value: value}
+	}
+	toAcme, toGlobex := hint("header", tenancy.Choice, tenancy.ByName, "acme"), hint("header", tenancy.Choice, tenancy.ByName, "globex")
+	texts := map[string]bool{}
+	for _, tt := range []struct {
+		user  tenancy.UserKey
+		hints []tenancy.Hint
+	}{
+		{"bob@globex.test", []tenancy.Hint{toAcme}},
+		{"bob@globex.test", []tenancy.Hint{toAcme}}, // once a minute is enough
+		{"bob@globex.test", []tenancy.Hint{hint("header", tenancy.Choice, tenancy.ByName, "nosuch")}},
+		{"bob@globex.test", []tenancy.Hint{hint("domain", tenancy.Place, tenancy.ByDomain, "acme.example.com")}},
+		{"mallory", []tenancy.Hint{hint("claim", tenancy.Identity, tenancy.ByID, fmt.Sprint(acme.ID))}},
+		{"mallory", []tenancy.Hint{hint("claim", tenancy.Identity, tenancy.ByName, "acme'; DROP TABLE tenancy.audit; --")}},
+		{"carol", []tenancy.Hint{toAcme, hint("claim", tenancy.Identity, tenancy.ByName, "globex")}},
+	} {
+		_, err := tn.Resolve(t.Context(), tenancy.Query{User: tt.user, Hints: tt.hints})
+		if !errors.Is(err, tenancy.ErrForbidden) {
+			t.Fatalf("%s: %v, want ErrForbidden", tt.user, err)
+		}
+		if tt.user != "carol" {
+			texts[err.Error()] = true
+		}
+	}
+	if len(texts) != 1 {
+		t.Errorf("a foreign and a missing tenant differ: %v", texts)
+	}
+	if _, err := tn.Resolve(t.Context(), tenancy.Query{User: "carol", Hints: []tenancy.Hint{toGlobex}}); err != nil {
+		t.Fatal(err)
+	}
+	primary := f.Admin(t, "primary")
+	want := fmt.Sprintf("bob@globex.test domain %[1]d, bob@globex.test header %[1]d, carol claim %[2]d, carol header %[1]d, mallory claim %[1]d", acme.ID, globex.ID)
+	until(t, 2*time.Second, want, func() string {
+		return scan[string](t, primary, `SELECT coalesce(string_agg(actor || ' ' || (detail->>'source') || ' ' || tenant, ', ' ORDER BY actor, detail->>'source'), '') FROM tenancy.audit WHERE action = 'refused hint'`)
+	})
+}
+
+// TestAFloodOfRefusalsIsBounded: neither requests nor the primary nor memory grow with it, and what is in the queue is written at the end.
+func TestAFloodOfRefusalsIsBounded(t *testing.T) {
+	t.Parallel()
+	f, tn, _, _ := twoTenants(t, tenancy.Config{})
+	began := time.Now()
+	for n := range 20_000 {
+		_, err := tn.Resolve(t.Context(), tenancy.Query{User: "bob@globex.test",
+			Hints: []tenancy.Hint{{Source: fmt.Sprint("source ", n), Trust: tenancy.Choice, By: tenancy.ByName, Value: "acme"}}})
+		if !errors.Is(err, tenancy.ErrForbidden) {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("20,000 refusals took %v", time.Since(began))
+	if err := tn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	rows := scan[int](t, f.Admin(t, "primary"), `SELECT count(*) FROM tenancy.audit WHERE action = 'refused hint'`)
+	if rows < 1 || rows > 4096 {
+		t.Errorf("%d rows on the record, want 1 to 4096", rows)
+	}
+}
