@@ -117,6 +117,7 @@ func greet(addr net.Addr, db *database) {
 	fmt.Printf("  curl -u alice@acme.test:demo -d '{\"title\":\"hello\"}' http://%s/notes\n", addr)
 	fmt.Printf("  curl -u alice@acme.test:demo http://%s/notes\n", addr)
 	fmt.Printf("  curl -u bob@globex.test:demo http://%s/notes\n", addr)
+	fmt.Printf("  curl -u carol@both.test:demo -H 'X-Tenant: acme' http://%s/notes\n", addr)
 	fmt.Printf("\nevery tenant's table:\n\n  psql '%s' -c '\\dt *.notes'\n", db.psqlURL)
 	if db.throwAway {
 		fmt.Printf("\na program of yours on the same tenants:\n\n  export TENANCY_PRIMARY_URL='%s' TENANCY_KEYS='%s'\n", db.primaryURL, db.keyText)

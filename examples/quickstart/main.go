@@ -81,12 +81,24 @@ func run(ctx context.Context, addr, adminURL string) (err error) {
 
 // prepareTenants creates the tenants of the demo. In a real service this is a sign-up or an operator.
 func prepareTenants(ctx context.Context, tn *tenancy.Tenancy) error {
+	const carol = "carol@both.test"
+	c := tn.Catalog()
 	for name, admin := range map[string]tenancy.UserKey{"acme": "alice@acme.test", "globex": "bob@globex.test"} {
 		// Create finishes what an earlier start left half-made; what exists is not touched.
-		_, err := tn.Catalog().Create(ctx, tenancy.NewTenant{Name: name, Admin: admin})
+		_, err := c.Create(ctx, tenancy.NewTenant{Name: name, Admin: admin})
 		if err != nil && !errors.Is(err, tenancy.ErrTenantExists) {
 			return err
 		}
+		t, err := c.TenantByName(ctx, name)
+		if err != nil {
+			return err
+		}
+		if err := c.AddMember(ctx, tenancy.Membership{User: carol, Tenant: t.ID}); err != nil {
+			return err
+		}
+	}
+	if err := c.SetDefault(ctx, carol, 0); err != nil { // she has to say for which of hers a request is
+		return err
 	}
 	// Open never migrates tenants: the service says when. With many tenants that is a step of the deployment.
 	_, err := tn.Migrator().All(ctx)
@@ -94,7 +106,8 @@ func prepareTenants(ctx context.Context, tn *tenancy.Tenancy) error {
 }
 
 func newHandler(tn *tenancy.Tenancy) (http.Handler, error) {
-	mw, err := tenantmw.New(tn, tenantmw.UserKeyFunc(basicAuth), tenantmw.WithErrorHandler(challenge))
+	mw, err := tenantmw.New(tn, tenantmw.UserKeyFunc(basicAuth), tenantmw.WithErrorHandler(challenge),
+		tenantmw.WithContributors(tenantmw.Subdomain("{tenant}.localhost"), tenantmw.Header("X-Tenant")))
 	if err != nil {
 		return nil, err
 	}

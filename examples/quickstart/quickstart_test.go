@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -116,6 +117,11 @@ func (p *program) do(t *testing.T, method, path, user, password, body string) an
 	if user != "" {
 		req.SetBasicAuth(user, password)
 	}
+	return p.send(t, req)
+}
+
+func (p *program) send(t *testing.T, req *http.Request) answer {
+	t.Helper()
 	res, err := http.DefaultClient.Do(req)
 	if err != nil {
 		t.Fatal(err)
@@ -141,8 +147,8 @@ func TestContract(t *testing.T) {
 	if !slices.Contains(p.lines, "pid "+strconv.Itoa(p.cmd.Process.Pid)) || !slices.Contains(p.lines, "listening on "+p.base) {
 		t.Errorf("pid or address is not told: %q", p.lines)
 	}
-	if n := strings.Count(strings.Join(p.lines, "\n"), "curl "); n != 3 {
-		t.Errorf("got %d curl lines, want 3: %q", n, p.lines)
+	if n := strings.Count(strings.Join(p.lines, "\n"), "curl "); n != 4 {
+		t.Errorf("got %d curl lines, want 4: %q", n, p.lines)
 	}
 
 	wantJSON(t, p.get(t, "/notes", alice), 200, `[]`)
@@ -176,6 +182,107 @@ func TestContract(t *testing.T) {
 		t.Errorf("a title is a title: %+v", a)
 	}
 	wantJSON(t, p.get(t, "/notes", bob), 200, `[{"id":1,"title":"of globex"}]`)
+}
+
+// TestWhatARequestSaysOfItsTenant tries each way to name one, for a user of it, of another, of both and of none.
+func TestWhatARequestSaysOfItsTenant(t *testing.T) {
+	t.Parallel()
+	p := start(t, nil)
+	const alice, bob, carol, mallory = "alice@acme.test", "bob@globex.test", "carol@both.test", "mallory@nowhere.test"
+	const ofAcme, ofGlobex = `[{"id":1,"title":"of acme"}]`, `[{"id":1,"title":"of globex"}]`
+	p.do(t, "POST", "/notes", alice, "demo", `{"title":"of acme"}`)
+	p.do(t, "POST", "/notes", bob, "demo", `{"title":"of globex"}`)
+	port := p.base[strings.LastIndex(p.base, ":"):]
+
+	for _, c := range []struct {
+		name, user, path string
+		headers          []string
+		status           int
+		body             string
+	}{
+		{"bob_by_header", bob, "/notes", []string{"X-Tenant", "acme"}, 403, ""},
+		{"bob_by_host", bob, "/notes", []string{"Host", "acme.localhost" + port}, 403, ""},
+		{"bob_by_cookie", bob, "/notes", []string{"Cookie", "tenant=acme; X-Tenant=acme"}, 200, ofGlobex},
+		{"bob_by_query", bob, "/notes?tenant=acme&X-Tenant=acme", nil, 200, ofGlobex},
+		{"bob_by_forwarded_host", bob, "/notes", []string{"X-Forwarded-Host", "acme.localhost", "Forwarded", "host=acme.localhost"}, 200, ofGlobex},
+		{"bob_by_two_headers", bob, "/notes", []string{"X-Tenant", "globex", "X-Tenant", "acme"}, 400, ""},
+		{"bob_host_against_header", bob, "/notes", []string{"Host", "globex.localhost", "X-Tenant", "acme"}, 403, ""},
+		{"alice_at_her_host", alice, "/notes", []string{"Host", "acme.localhost" + port}, 200, ofAcme},
+		{"nobody_at_a_host", "", "/notes", []string{"Host", "acme.localhost" + port}, 401, ""},
+		{"nobody_at_a_missing_one", "", "/notes", []string{"Host", "nosuch.localhost"}, 404, ""},
+		{"carol_names_none", carol, "/notes", nil, 409, ""},
+		{"carol_by_header", carol, "/notes", []string{"X-Tenant", "acme"}, 200, ofAcme},
+		{"carol_by_the_other_header", carol, "/notes", []string{"X-Tenant", "globex"}, 200, ofGlobex},
+		{"carol_by_host", carol, "/notes", []string{"Host", "globex.localhost" + port}, 200, ofGlobex},
+		{"carol_names_two", carol, "/notes", []string{"Host", "globex.localhost", "X-Tenant", "acme"}, 403, ""},
+	} {
+		a := p.ask(t, c.path, c.user, c.headers...)
+		if c.status == 200 {
+			wantJSON(t, a, 200, c.body)
+		} else {
+			wantProblem(t, c.name, a, c.status)
+		}
+		if c.name == "carol_names_none" && !strings.Contains(a.body, `"tenants":["acme","globex"]`) {
+			t.Errorf("her choices are not told: %s", a.body)
+		}
+	}
+	// One who belongs nowhere cannot tell what exists.
+	for _, name := range []string{"X-Tenant", "Host"} {
+		suffix := ""
+		if name == "Host" {
+			suffix = ".localhost"
+		}
+		foreign, missing := p.ask(t, "/notes", mallory, name, "acme"+suffix), p.ask(t, "/notes", mallory, name, "nosuch"+suffix)
+		foreign.header.Del("Date")
+		missing.header.Del("Date")
+		if foreign.status != 403 || !reflect.DeepEqual(foreign, missing) {
+			t.Errorf("%s: a foreign tenant is %+v, a missing one %+v", name, foreign, missing)
+		}
+	}
+	p.wantRefused(t, "bob@globex.test header acme", "bob@globex.test subdomain acme", "carol@both.test header acme", "carol@both.test subdomain globex",
+		"mallory@nowhere.test header acme", "mallory@nowhere.test subdomain acme")
+}
+
+// ask is get with headers in pairs; Host is the request's host.
+func (p *program) ask(t *testing.T, path, user string, headers ...string) answer {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), "GET", p.base+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if user != "" {
+		req.SetBasicAuth(user, "demo")
+	}
+	for i := 0; i < len(headers); i += 2 {
+		if headers[i] == "Host" {
+			req.Host = headers[i+1]
+		} else {
+			req.Header.Add(headers[i], headers[i+1])
+		}
+	}
+	return p.send(t, req)
+}
+
+// wantRefused looks into the audit trail of the primary, which is written behind the answer.
+func (p *program) wantRefused(t *testing.T, want ...string) {
+	t.Helper()
+	url := strings.Replace(regexp.MustCompile(`postgres://[^']+`).FindString(p.lines[slices.IndexFunc(p.lines, func(l string) bool { return strings.Contains(l, "psql ") })]), "/quickstart_tenants", "/quickstart_primary", 1)
+	conn, err := pgx.Connect(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	var got []string
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end) && !slices.Equal(got, want); time.Sleep(20 * time.Millisecond) {
+		rows, _ := conn.Query(t.Context(), `SELECT a.actor || ' ' || (a.detail->>'source') || ' ' || t.name FROM tenancy.audit a JOIN tenancy.tenants t ON t.id = a.tenant
+			WHERE a.action = 'refused hint' ORDER BY 1`)
+		if got, err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("refused hints on the record: %q, want %q", got, want)
+	}
 }
 
 func TestNothingIsLeftBehind(t *testing.T) {
