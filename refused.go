@@ -145,7 +145,7 @@ func (r *refusedHints) foreign(ctx context.Context, q refusedQuery) map[refusedK
 		key := refusedKey{q.user, id, h.Source}
 		switch {
 		case id == 0:
-		case belongs(q.members, id):
+		case belonging(q.members, id) != nil:
 			own[key] = "the request names two of the user's tenants"
 		default:
 			found[key] = "the user does not belong to the tenant"
@@ -155,15 +155,6 @@ func (r *refusedHints) foreign(ctx context.Context, q refusedQuery) map[refusedK
 		return own
 	}
 	return found
-}
-
-func belongs(members []*member, id ID) bool {
-	for _, m := range members {
-		if m.tenant == id {
-			return true
-		}
-	}
-	return false
 }
 
 func (r *refusedHints) record(ctx context.Context, key refusedKey, why string) {

@@ -266,28 +266,40 @@ func (r *defaultResolver) hinted(ctx context.Context, q Query, members []*member
 
 // own returns the membership that a hint means, nil when it means none of the user's.
 func (r *defaultResolver) own(ctx context.Context, h Hint, members []*member) (*member, error) {
-	if h.By != ByName {
-		id, err := r.view.find(ctx, h)
-		if err != nil {
-			return nil, err
-		}
-		for _, m := range members {
-			if m.tenant == id {
-				return m, nil
-			}
-		}
-		return nil, nil
+	switch h.By {
+	case ByName:
+		return r.named(ctx, h.Value, members)
+	case ByID:
+		return belonging(members, parseID(h.Value)), nil
 	}
+	id, err := r.view.find(ctx, h) // domains are public
+	if err != nil {
+		return nil, err
+	}
+	return belonging(members, id), nil
+}
+
+func (r *defaultResolver) named(ctx context.Context, name string, members []*member) (*member, error) {
 	var unknown error
 	for _, m := range members {
 		rec, err := r.recordOf(ctx, m)
 		if err != nil && !errors.Is(err, ErrTenantNotFound) {
 			unknown = err // it may be the one that is meant
-		} else if err == nil && rec.tenant.Name == h.Value {
+		} else if err == nil && rec.tenant.Name == name {
 			return m, nil
 		}
 	}
 	return nil, unknown
+}
+
+// belonging returns the membership in a tenant, nil when there is none.
+func belonging(members []*member, id ID) *member {
+	for _, m := range members {
+		if m.tenant == id {
+			return m
+		}
+	}
+	return nil
 }
 
 // recordOf returns the record of a membership's tenant.

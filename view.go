@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -186,19 +185,28 @@ func (v *view) find(ctx context.Context, h Hint) (id ID, err error) {
 		}
 		id, _, err = v.domains.get(ctx, domain)
 	case ByID:
-		n, bad := strconv.ParseInt(h.Value, 10, 64)
-		if bad != nil || n <= 0 || strings.HasPrefix(h.Value, "+") {
+		n := parseID(h.Value)
+		if n == 0 {
 			return 0, nil
 		}
-		_, found, e := v.records.get(ctx, ID(n))
+		_, found, e := v.records.get(ctx, n)
 		if err = e; found {
-			id = ID(n)
+			id = n
 		}
 	}
 	if err != nil {
 		return 0, lookupFailure(ctx, err)
 	}
 	return id, nil
+}
+
+// parseID returns 0 for what is no ID in its one spelling.
+func parseID(s string) ID {
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || n <= 0 || strconv.FormatInt(n, 10) != s {
+		return 0
+	}
+	return ID(n)
 }
 
 func (v *view) loadRecord(ctx context.Context, id ID) (*record, bool, error) {
