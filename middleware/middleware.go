@@ -24,6 +24,7 @@
 package middleware
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -111,6 +112,9 @@ func (m *Middleware) query(r *http.Request) (q tenancy.Query, err error) {
 	q.Hints = make([]tenancy.Hint, 0, len(m.contributors))
 	for _, c := range m.contributors {
 		h, err := c.Hint(r)
+		if errors.Is(err, errMiswired) {
+			return q, err // the service's own failure, and no fault of the request
+		}
 		if err != nil {
 			return q, fmt.Errorf("%w: hint: %w", tenancy.ErrInvalid, err)
 		}

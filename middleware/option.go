@@ -31,6 +31,11 @@ func WithContributors(cs ...Contributor) Option {
 			if f, ok := c.(ContributorFunc); c == nil || ok && f == nil {
 				return invalid("WithContributors: [%d] is nil", i)
 			}
+			if a, ok := c.(interface{ check() error }); ok { // one of ours: it was made without an error to return
+				if err := a.check(); err != nil {
+					return invalid("WithContributors: [%d]: %v", i, err)
+				}
+			}
 		}
 		o.contributors = slices.Clone(cs)
 		return nil
