@@ -17,30 +17,39 @@ type Membership struct {
 	User    UserKey
 	Tenant  ID
 	Role    Role   // default RoleMember
-	Source  string // who says so, such as "ldap"; default "", by hand
+	Source  string // who says so, such as "ldap", in at most 64 bytes; default "", by hand
 	Default bool   // the tenant for requests of this user that name none; at most one per user
 }
 
+// check names the field and the rule that a membership breaks, and fills the defaults in.
 func (m *Membership) check() error {
 	def(&m.Role, RoleMember)
 	if err := ident.UserKey(string(m.User)); err != nil {
-		return invalid(fmt.Errorf("user key: %w", err))
+		return fmt.Errorf("user key: %w", err)
 	}
 	if m.Role != RoleMember && m.Role != RoleAdmin {
-		return invalid(fmt.Errorf("role: %q is neither member nor admin", m.Role))
+		return fmt.Errorf("role: %q is neither member nor admin", m.Role)
 	}
-	if len(m.Source) > 64 || !utf8.ValidString(m.Source) || strings.ContainsRune(m.Source, 0) {
-		return invalid(errors.New("source: at most 64 bytes of UTF-8"))
+	return checkSource(m.Source)
+}
+
+func checkSource(source string) error {
+	if len(source) > 64 || !utf8.ValidString(source) || strings.ContainsRune(source, 0) {
+		return errors.New("source: at most 64 bytes of UTF-8")
 	}
 	return nil
 }
 
 // AddMember lets a user into a tenant, or changes the role and source of one who is in. A user's first membership
-// becomes the default one. The error is [ErrInvalid], [ErrUserLimit], [ErrTenantNotFound],
-// [ErrTenantGone] or [ErrPrimaryUnavailable].
+// becomes the default one, and with Default this one does in any case.
+//
+// Of two sources the last call wins. Without a Source it takes a directory's membership over by hand: [Catalog.SyncMembers]
+// leaves it alone from then on. With one it hands a membership to that source, whose next sync removes it unless its set has it.
+//
+// The error is [ErrInvalid], [ErrUserLimit], [ErrTenantNotFound], [ErrTenantGone] or [ErrPrimaryUnavailable].
 func (c *Catalog) AddMember(ctx context.Context, m Membership) error {
 	if err := m.check(); err != nil {
-		return &Error{Op: "add member", Tenant: m.Tenant, Err: err}
+		return &Error{Op: "add member", Tenant: m.Tenant, Err: invalid(err)}
 	}
 	return c.write(ctx, "add member", m.Tenant, func(tx pgx.Tx) error {
 		if state, err := lockRow(ctx, tx, m.Tenant); err != nil {
@@ -69,12 +78,11 @@ func addMember(ctx context.Context, tx pgx.Tx, m Membership) error {
 	if full {
 		return ErrUserLimit
 	}
-	// One user's memberships are changed by one transaction at a time: the default must stay single.
-	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtextextended('tenancy user ' || $1, 0))`, m.User); err != nil {
+	if err := lockUser(ctx, tx, m.User); err != nil {
 		return err
 	}
 	if m.Default {
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.memberships SET is_default = false WHERE user_key = $1 AND is_default`, m.User); err != nil {
+		if _, err := takeDefault(ctx, tx, m.User); err != nil {
 			return err
 		}
 	}
@@ -87,8 +95,25 @@ func addMember(ctx context.Context, tx pgx.Tx, m Membership) error {
 	return audit(ctx, tx, "add member", m.Tenant, map[string]any{"user": m.User, "role": m.Role})
 }
 
+// lockUser lets one transaction at a time change a user's memberships: the default must stay single.
+func lockUser(ctx context.Context, tx pgx.Tx, user UserKey) error {
+	_, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtextextended('tenancy user ' || $1, 0))`, user)
+	return err
+}
+
+// takeDefault leaves the user without a default and returns the tenant that was it, 0 when none was.
+func takeDefault(ctx context.Context, tx pgx.Tx, user UserKey) (was ID, err error) {
+	err = tx.QueryRow(ctx, `UPDATE tenancy.memberships SET is_default = false WHERE user_key = $1 AND is_default RETURNING tenant`, user).Scan(&was)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return 0, nil
+	}
+	return was, err
+}
+
 // RemoveMember takes a user out of a tenant; one who is not in is no error. The next request of the
-// user is refused on every node. The error is [ErrPrimaryUnavailable].
+// user is refused on every node. A user whose default membership it was is left without one; a membership that
+// the set of [Catalog.SyncMembers] still has is back at the next sync.
+// The error is [ErrPrimaryUnavailable].
 func (c *Catalog) RemoveMember(ctx context.Context, id ID, user UserKey) error {
 	return c.write(ctx, "remove member", id, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `DELETE FROM tenancy.memberships WHERE tenant = $1 AND user_key = $2`, id, user)
@@ -102,15 +127,22 @@ func (c *Catalog) RemoveMember(ctx context.Context, id ID, user UserKey) error {
 	})
 }
 
-// SetDefault makes one of the user's tenants the one for requests that name none. The error is
-// [ErrForbidden] when the user does not belong to it, or [ErrPrimaryUnavailable].
+// SetDefault makes one of the user's tenants the one for requests that name none. With id 0 it takes the default away:
+// a user of several tenants then gets [ErrAmbiguousTenant] until a request names one; a user of one is in that one all the same.
+// The error is [ErrForbidden] when the user does not belong to the tenant, or [ErrPrimaryUnavailable].
 func (c *Catalog) SetDefault(ctx context.Context, user UserKey, id ID) error {
 	return c.write(ctx, "set default", id, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtextextended('tenancy user ' || $1, 0))`, user); err != nil {
+		if err := lockUser(ctx, tx, user); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.memberships SET is_default = false WHERE user_key = $1 AND is_default`, user); err != nil {
+		was, err := takeDefault(ctx, tx, user)
+		switch {
+		case err != nil:
 			return err
+		case id == 0 && was == 0:
+			return nil
+		case id == 0: // with its tenant, whose purge takes the user's key out of the changes
+			return changed(ctx, tx, "member", was, string(user))
 		}
 		tag, err := tx.Exec(ctx, `UPDATE tenancy.memberships SET is_default = true WHERE user_key = $1 AND tenant = $2`, user, id)
 		if err != nil {

@@ -20,7 +20,7 @@ type NewTenant struct {
 	MaxUsers    int            // refused beyond when a member is added; 0: no limit
 	Attributes  map[string]any // the service's own, kept as JSON of at most 64 KB; default {}
 	Admin       UserKey        // the first administrator; "": none. No password is made for anyone
-	Domains     []string       // host names that stand for the tenant; default none
+	Domains     []string       // host names that stand for the tenant, the primary one first; default none
 	Server      string         // where it lives; default: the server with the fewest tenants
 	// DataSource is a place that Catalog.Prepare made, on any registered server; default: a new place.
 	DataSource *DataSource
@@ -40,16 +40,17 @@ func (n *NewTenant) check() error {
 			return invalid(fmt.Errorf("admin: %w", err))
 		}
 	}
-	domains := make([]string, len(n.Domains))
+	domains := make([]string, 0, len(n.Domains))
 	for i, d := range n.Domains {
 		canonical, err := ident.Domain(d)
 		if err != nil {
 			return invalid(fmt.Errorf("domains[%d]: %w", i, err))
 		}
-		domains[i] = canonical
+		if !slices.Contains(domains, canonical) {
+			domains = append(domains, canonical)
+		}
 	}
-	slices.Sort(domains) // two requests lock them in one order
-	n.Domains = slices.Compact(domains)
+	n.Domains = domains
 	if n.DataSource != nil {
 		if n.Server != "" {
 			return invalid(errors.New("server: a data source says where it lives; give one of the two"))
@@ -169,8 +170,13 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2 WHERE id = $1`, id, source); err != nil {
 			return err
 		}
-		for _, d := range n.Domains {
-			if err := addDomain(ctx, tx, id, d); err != nil {
+		for _, d := range slices.Sorted(slices.Values(n.Domains)) { // two requests lock them in one order
+			if _, err := addDomain(ctx, tx, id, d); err != nil {
+				return err
+			}
+		}
+		if len(n.Domains) > 0 {
+			if _, err := setPrimary(ctx, tx, id, n.Domains[0]); err != nil {
 				return err
 			}
 		}

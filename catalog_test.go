@@ -877,9 +877,15 @@ func TestEveryWriteIsNumberedAnnouncedAndAudited(t *testing.T) {
 		{"rename", "rename", func() error { return c.Rename(ctx, a.ID, "acme-2") }},
 		{"add_member", "add member", func() error { return c.AddMember(ctx, tenancy.Membership{User: "bob", Tenant: a.ID}) }},
 		{"set_default", "", func() error { return c.SetDefault(ctx, "bob", a.ID) }},
+		{"take_default", "", func() error { return c.SetDefault(ctx, "bob", 0) }},
+		{"sync_members", "sync members", func() error {
+			return second(c.SyncMembers(ctx, "ldap", []tenancy.Membership{{User: "carol", Tenant: a.ID}}))
+		}},
 		{"remove_member", "remove member", func() error { return c.RemoveMember(ctx, a.ID, "bob") }},
 		{"add_domain", "add domain", func() error { return c.AddDomain(ctx, a.ID, "acme.test") }},
-		{"remove_domain", "remove domain", func() error { return c.RemoveDomain(ctx, "acme.test") }},
+		{"add_another_domain", "add domain", func() error { return c.AddDomain(ctx, a.ID, "acme.example") }},
+		{"set_primary_domain", "set primary domain", func() error { return c.SetPrimaryDomain(ctx, a.ID, "acme.example") }},
+		{"remove_domain", "remove domain", func() error { return c.RemoveDomain(ctx, "acme.example") }},
 		{"add_server", "register server", func() error { return c.AddServer(ctx, tenancy.ServerConfig{URL: f.ServerURL}) }},
 		{"set_data_source", "set data source", func() error { return c.SetDataSource(ctx, a.ID, d) }},
 		{"suspend", "suspend", func() error { return c.Suspend(ctx, a.ID, tenancy.Suspension{}) }},
