@@ -135,7 +135,7 @@ func (r *refusedHints) drop() {
 // foreign yields the tenants that the query names and that exist and are not the user's; of a query whose hints
 // are all the user's own and disagree, those.
 func (r *refusedHints) foreign(ctx context.Context, q refusedQuery) map[refusedKey]string {
-	found, own := map[refusedKey]string{}, map[refusedKey]string{}
+	found, own, mine := map[refusedKey]string{}, map[refusedKey]string{}, map[ID]bool{}
 	for _, h := range q.hints {
 		id, err := r.tn.view.find(ctx, h)
 		if err != nil {
@@ -147,11 +147,12 @@ func (r *refusedHints) foreign(ctx context.Context, q refusedQuery) map[refusedK
 		case id == 0:
 		case belonging(q.members, id) != nil:
 			own[key] = "the request names two of the user's tenants"
+			mine[id] = true
 		default:
 			found[key] = "the user does not belong to the tenant"
 		}
 	}
-	if len(found) == 0 && len(own) > 1 {
+	if len(found) == 0 && len(mine) > 1 {
 		return own
 	}
 	return found

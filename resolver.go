@@ -92,7 +92,7 @@ func (e *AmbiguousError) Unwrap() error { return ErrAmbiguousTenant }
 //   - A user without hints gets the default membership. Several and no default are an [*AmbiguousError];
 //     none is the host for a host manager and [ErrForbidden] for everyone else.
 //   - A user with hints gets the hinted tenant, if a member; hints that disagree, a foreign and a missing tenant are all
-//     ErrForbidden, and take the same time. Where the tenant exists, the audit trail says who tried.
+//     ErrForbidden. For names and IDs they are the same work too. Where the tenant exists, the audit trail says who tried.
 //   - An anonymous caller gets the tenant that a Place names, or a host session when none does. An unknown, suspended or deleted one,
 //     and two places that disagree, are [ErrTenantNotFound].
 //
