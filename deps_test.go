@@ -22,7 +22,7 @@ var floors = map[string][]string{
 	"internal/":   {"internal/"},
 	"middleware":  {""},
 	"tenancytest": {"", "internal/pgembed"},
-	"examples/":   {"", "middleware", "tenancytest", "internal/pgembed"},
+	"examples/":   {"", "middleware", "tenancytest", "internal/pgembed", "examples/internal/demo"},
 }
 
 // homes says in which files an outside module may be imported: each has one home, so that it can be replaced.
@@ -31,6 +31,7 @@ var homes = map[string][]string{
 	"github.com/pressly/goose":        {"migrate.go"},
 	"github.com/robfig/cron":          {"validity.go"},
 	"github.com/go-chi/chi":           {"examples/"},
+	"github.com/golang-jwt/jwt":       {"examples/integrations/"}, // a module of its own
 	"golang.org/x/sync":               {"migrate.go"},
 	"github.com/jackc/pgx":            nil, // everywhere
 	"github.com/jackc/puddle":         {"db.go", "errors.go"},

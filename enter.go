@@ -138,7 +138,7 @@ func (tn *Tenancy) Check(ctx context.Context) error {
 	if err != nil || s.work || s.visit != nil || s.user == "" {
 		return err
 	}
-	res, err := tn.resolver.ResolveTenant(ctx, Query{User: s.user, again: true,
+	res, err := tn.resolver.ResolveTenant(ctx, Query{User: s.user,
 		Hints: []Hint{{Source: s.source, Trust: Choice, By: ByID, Value: strconv.FormatInt(int64(r.tenant.ID), 10)}}})
 	if err == nil && (res.Tenant != r.tenant.ID || !covers(res.Role, s.role)) {
 		err = hinted(ErrForbidden, "the user's role was %q and is %q", s.role, res.Role)
@@ -153,7 +153,7 @@ func (tn *Tenancy) checkHost(ctx context.Context, s *Session) error {
 	if !s.IsManager() || tn.managers[s.user] {
 		return nil
 	}
-	res, err := tn.resolver.ResolveTenant(ctx, Query{User: s.user, again: true})
+	res, err := tn.resolver.ResolveTenant(ctx, Query{User: s.user})
 	if err == nil && !res.Host {
 		err = hinted(ErrForbidden, "the user is no host user any more")
 	}

@@ -27,9 +27,8 @@ type refusedHints struct {
 }
 
 type refusedQuery struct {
-	user    UserKey
-	hints   []Hint
-	members []*member // the user's own
+	user  UserKey
+	hints []Hint
 }
 
 // refusedKey is what is written once a minute.
@@ -54,15 +53,15 @@ func newRefusedHints(tn *Tenancy) *refusedHints {
 }
 
 // note never waits.
-func (r *refusedHints) note(q Query, members []*member) {
-	if r == nil || q.again {
-		return
-	}
+func (r *refusedHints) note(q Query) {
 	kept := make([]Hint, 0, len(q.Hints)) // the caller's slice is the caller's; and no name is longer
 	for _, h := range q.Hints {
 		if h.Value != "" && len(h.Value) <= 256 {
 			kept = append(kept, h)
 		}
+	}
+	if q.User == "" || len(kept) == 0 {
+		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -70,7 +69,7 @@ func (r *refusedHints) note(q Query, members []*member) {
 		return
 	}
 	select {
-	case r.queue <- refusedQuery{q.User, kept, members}:
+	case r.queue <- refusedQuery{q.User, kept}:
 	default:
 		r.dropped++
 	}
@@ -78,9 +77,6 @@ func (r *refusedHints) note(q Query, members []*member) {
 
 // close writes what is in the queue, until ctx ends.
 func (r *refusedHints) close(ctx context.Context) {
-	if r == nil {
-		return
-	}
 	r.mu.Lock()
 	if !r.closed {
 		r.closed = true
@@ -135,6 +131,11 @@ func (r *refusedHints) drop() {
 // foreign yields the tenants that the query names and that exist and are not the user's; of a query whose hints
 // are all the user's own and disagree, those.
 func (r *refusedHints) foreign(ctx context.Context, q refusedQuery) map[refusedKey]string {
+	members, _, err := r.tn.view.users.get(ctx, q.user)
+	if err != nil {
+		r.log.Warn("tenancy: a refused hint could not be looked into", "user", q.user, "error", err)
+		return nil
+	}
 	found, own, mine := map[refusedKey]string{}, map[refusedKey]string{}, map[ID]bool{}
 	for _, h := range q.hints {
 		id, err := r.tn.view.find(ctx, h)
@@ -145,7 +146,7 @@ func (r *refusedHints) foreign(ctx context.Context, q refusedQuery) map[refusedK
 		key := refusedKey{q.user, id, h.Source}
 		switch {
 		case id == 0:
-		case belonging(q.members, id) != nil:
+		case belonging(members, id) != nil:
 			own[key] = "the request names two of the user's tenants"
 			mine[id] = true
 		default:

@@ -1,6 +1,7 @@
 package tenancy_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"testing"
@@ -34,6 +35,8 @@ func TestARefusedHintIsOnTheRecordIfTheTenantExists(t *testing.T) {
 		{"mallory", []tenancy.Hint{hint("claim", tenancy.Identity, tenancy.ByID, fmt.Sprint(acme.ID))}},
 		{"mallory", []tenancy.Hint{hint("claim", tenancy.Identity, tenancy.ByName, "acme'; DROP TABLE tenancy.audit; --")}},
 		{"carol", []tenancy.Hint{toAcme, hint("claim", tenancy.Identity, tenancy.ByName, "globex")}},
+		// One own tenant by two sources, and a missing one, is nobody's business.
+		{"alice@acme.test", []tenancy.Hint{toAcme, hint("claim", tenancy.Identity, tenancy.ByName, "acme"), hint("cookie", tenancy.Choice, tenancy.ByName, "nosuch")}},
 	} {
 		_, err := tn.Resolve(t.Context(), tenancy.Query{User: tt.user, Hints: tt.hints})
 		if !errors.Is(err, tenancy.ErrForbidden) {
@@ -53,6 +56,25 @@ func TestARefusedHintIsOnTheRecordIfTheTenantExists(t *testing.T) {
 	want := fmt.Sprintf("bob@globex.test domain %[1]d, bob@globex.test header %[1]d, carol claim %[2]d, carol header %[1]d, mallory claim %[1]d", acme.ID, globex.ID)
 	until(t, 2*time.Second, want, func() string {
 		return scan[string](t, primary, `SELECT coalesce(string_agg(actor || ' ' || (detail->>'source') || ' ' || tenant, ', ' ORDER BY actor, detail->>'source'), '') FROM tenancy.audit WHERE action = 'refused hint'`)
+	})
+}
+
+// TestARefusalOfTheServicesResolverIsOnTheRecord: who replaces the rules keeps the trail.
+func TestARefusalOfTheServicesResolverIsOnTheRecord(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _ := twoTenants(t, tenancy.Config{WrapResolver: func(tenancy.TenantResolver) tenancy.TenantResolver {
+		return tenancy.TenantResolverFunc(func(context.Context, tenancy.Query) (tenancy.Resolution, error) {
+			return tenancy.Resolution{}, tenancy.ErrForbidden
+		})
+	}})
+	q := tenancy.Query{User: "robot", Hints: []tenancy.Hint{{Source: "header", Trust: tenancy.Choice, By: tenancy.ByName, Value: "acme"}}}
+	if _, err := tn.Resolve(t.Context(), q); !errors.Is(err, tenancy.ErrForbidden) {
+		t.Fatal(err)
+	}
+	q.Hints[0].Value = "globex" // the slice is the caller's to use again
+	primary := f.Admin(t, "primary")
+	until(t, 2*time.Second, fmt.Sprintf("robot %d", acme.ID), func() string {
+		return scan[string](t, primary, `SELECT coalesce(string_agg(actor || ' ' || tenant, ', '), '') FROM tenancy.audit WHERE action = 'refused hint'`)
 	})
 }
 

@@ -32,8 +32,6 @@ func (f TenantResolverFunc) ResolveTenant(ctx context.Context, q Query) (Resolut
 type Query struct {
 	User  UserKey // from the service's own authentication; "": anonymous
 	Hints []Hint  // what the request says about its tenant; all must agree, and the first one is Session.Source
-
-	again bool // asked by Check: to be refused then is no attempt
 }
 
 // Hint is a request's word about its tenant. It is never believed by itself.
@@ -113,6 +111,9 @@ func (tn *Tenancy) Resolve(ctx context.Context, q Query) (context.Context, error
 	}
 	res, err := tn.resolver.ResolveTenant(ctx, q)
 	if err != nil {
+		if errors.Is(err, ErrForbidden) {
+			tn.refused.note(q)
+		}
 		return nil, wrapOp(op, 0, err)
 	}
 	if err := refuseSwitch(ctx, res.Tenant); err != nil {
@@ -184,7 +185,6 @@ func wrapOp(op string, id ID, err error) error {
 type defaultResolver struct {
 	view     *view
 	managers map[UserKey]bool
-	refused  *refusedHints
 }
 
 func (r *defaultResolver) ResolveTenant(ctx context.Context, q Query) (Resolution, error) {
@@ -252,10 +252,8 @@ func (r *defaultResolver) hinted(ctx context.Context, q Query, members []*member
 		case err != nil:
 			return Resolution{}, err
 		case m == nil:
-			r.refused.note(q, members)
 			return Resolution{}, ErrForbidden
 		case chosen != nil && m != chosen:
-			r.refused.note(q, members)
 			return Resolution{}, hinted(ErrForbidden, "the request names two tenants (by %s and by %s)", source, h.Source)
 		case chosen == nil:
 			chosen, source = m, h.Source

@@ -179,7 +179,7 @@ func (tn *Tenancy) start(ctx context.Context) (err error) {
 
 // chooseResolver comes last: with Config.SingleTenant that tenant is there from here on.
 func (tn *Tenancy) chooseResolver(ctx context.Context) error {
-	tn.resolver = &defaultResolver{view: tn.view, managers: tn.managers, refused: tn.refused}
+	tn.resolver = &defaultResolver{view: tn.view, managers: tn.managers}
 	if name := tn.cfg.SingleTenant; name != "" {
 		id, err := tn.singleTenant(ctx, name)
 		if err != nil {

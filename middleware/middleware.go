@@ -39,6 +39,7 @@ type Middleware struct {
 	users        UserKeyResolver
 	contributors []Contributor
 	exempt       func(*http.Request) bool // nil: none is
+	challenge    string                   // of a 401; "": none
 	onError      func(http.ResponseWriter, *http.Request, error)
 	log          *slog.Logger
 }
@@ -62,7 +63,7 @@ func New(tn *tenancy.Tenancy, users UserKeyResolver, opts ...Option) (*Middlewar
 			return nil, err
 		}
 	}
-	m := &Middleware{tn: tn, users: users, contributors: o.contributors, exempt: o.exempt, onError: o.onError, log: o.log}
+	m := &Middleware{tn: tn, users: users, contributors: o.contributors, exempt: o.exempt, challenge: o.challenge, onError: o.onError, log: o.log}
 	if m.onError == nil {
 		m.onError = func(w http.ResponseWriter, r *http.Request, err error) { ProblemOf(r, err).Write(w) }
 	}
@@ -185,8 +186,13 @@ func (m *Middleware) require(next http.Handler, may func(tenancy.Session) bool) 
 // What is the service's own failure (500) is logged as an error, all else at debug level.
 func (m *Middleware) Error(w http.ResponseWriter, r *http.Request, err error) {
 	level, text := slog.LevelDebug, "tenancy: request refused"
-	if statusOf(r, err) == http.StatusInternalServerError {
+	switch statusOf(r, err) {
+	case http.StatusInternalServerError:
 		level, text = slog.LevelError, "tenancy: request failed"
+	case http.StatusUnauthorized:
+		if m.challenge != "" {
+			w.Header().Set("WWW-Authenticate", m.challenge)
+		}
 	}
 	if m.log.Enabled(r.Context(), level) {
 		m.log.Log(r.Context(), level, text, "method", r.Method, "path", r.URL.Path, "error", err)

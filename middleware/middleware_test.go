@@ -435,3 +435,50 @@ func newMiddleware(t *testing.T, tn *tenancy.Tenancy) *tenantmw.Middleware {
 }
 
 func contains(s, part string) bool { return strings.Contains(strings.ToLower(s), part) }
+
+func TestAnExemptRequestIsNotResolved(t *testing.T) {
+	w := newWorld(t)
+	h := w.serve(t, tenantmw.WithExempt(func(r *http.Request) bool { return r.Header.Get("Probe") != "" }),
+		tenantmw.WithContributors(tenantmw.Header("Tenant")))
+	wantBody(t, get(h, "/open", "mallory", "Probe", "1", "Tenant", "two, names"), "ok")
+	wantProblem(t, get(h, "/open", "mallory", "Tenant", "two, names"), http.StatusBadRequest)
+	wantProblem(t, get(h, "/notes", "alice", "Probe", "1"), http.StatusInternalServerError) // guards refuse what was not resolved
+}
+
+func TestA401TellsHowToLogIn(t *testing.T) {
+	w := newWorld(t)
+	h := w.serve(t, tenantmw.WithChallenge("Bearer"))
+	for path, status := range map[string]int{"/notes": http.StatusUnauthorized, "/host": http.StatusUnauthorized, "/open": http.StatusOK} {
+		res := get(h, path, "")
+		if got := res.Header().Get("WWW-Authenticate"); res.Code != status || (got == "Bearer") != (status == http.StatusUnauthorized) {
+			t.Errorf("%s: got %d, challenge %q", path, res.Code, got)
+		}
+	}
+	if res := get(h, "/host", "alice"); res.Code != http.StatusForbidden || res.Header().Get("WWW-Authenticate") != "" {
+		t.Errorf("got %d, challenge %q", res.Code, res.Header().Get("WWW-Authenticate"))
+	}
+	for name, opt := range map[string]tenantmw.Option{"empty": tenantmw.WithChallenge(""), "two_lines": tenantmw.WithChallenge("a\r\nb")} {
+		if _, err := tenantmw.New(w.tn, tenantmw.UserKeyFunc(userOf), opt); !errors.Is(err, tenancy.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestAManagerWhoIsAMemberReachesTheHost(t *testing.T) {
+	w := newWorld(t)
+	if err := w.tn.Catalog().AddMember(t.Context(), tenancy.Membership{User: "root", Tenant: w.acme.ID}); err != nil {
+		t.Fatal(err)
+	}
+	mw := newMiddleware(t, w.tn)
+	h := mw.Tenant(mw.RequireHostUser(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		_, err := w.tn.DB().Exec(r.Context(), `SELECT 1`)
+		fmt.Fprint(rw, errors.Is(err, tenancy.ErrNoTenant))
+	})))
+	wantBody(t, get(h, "/", "root"), "true")
+	wantProblem(t, get(h, "/", "alice"), http.StatusForbidden)
+	asHost := mw.Tenant(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) { // what code makes of itself is no right
+		mw.RequireHostUser(http.HandlerFunc(ok)).ServeHTTP(rw, r.WithContext(tenancy.AsHost(r.Context())))
+	}))
+	wantProblem(t, get(asHost, "/", "alice"), http.StatusForbidden)
+	wantBody(t, get(asHost, "/", "root"), "ok")
+}

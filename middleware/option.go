@@ -4,6 +4,8 @@ import (
 	"log/slog"
 	"net/http"
 	"slices"
+	"strings"
+	"unicode"
 )
 
 // Option changes what [New] makes. Each may be given once.
@@ -12,6 +14,7 @@ type Option func(*options) error
 type options struct {
 	contributors []Contributor
 	exempt       func(*http.Request) bool
+	challenge    string
 	onError      func(http.ResponseWriter, *http.Request, error)
 	log          *slog.Logger
 }
@@ -57,8 +60,23 @@ func WithExempt(fn func(r *http.Request) bool) Option {
 	}
 }
 
-// WithErrorHandler sets who answers a request that is refused or has failed: a page for browsers, the
-// service's own envelope, or a challenge on a 401, whose scheme only the service knows. [ProblemOf] gives the status and
+// WithChallenge sets the WWW-Authenticate header of a 401, such as `Basic realm="notes", charset="UTF-8"` or `Bearer`: HTTP wants one,
+// and only the service knows the scheme. Default: none is sent. An ErrorHandler finds it set.
+func WithChallenge(challenge string) Option {
+	return func(o *options) error {
+		if challenge == "" || strings.ContainsFunc(challenge, unicode.IsControl) {
+			return invalid("WithChallenge: it is empty or has control characters")
+		}
+		if o.challenge != "" {
+			return invalid("WithChallenge is given twice")
+		}
+		o.challenge = challenge
+		return nil
+	}
+}
+
+// WithErrorHandler sets who answers a request that is refused or has failed: a page for browsers, or the
+// service's own envelope. [ProblemOf] gives the status and
 // words of the default. Default: ProblemOf(r, err).Write(w).
 //
 // The error's text is for logs. It names tenants and tells a foreign tenant from a missing one, so it must not be sent.

@@ -106,7 +106,7 @@ func prepareTenants(ctx context.Context, tn *tenancy.Tenancy) error {
 }
 
 func newHandler(tn *tenancy.Tenancy) (http.Handler, error) {
-	mw, err := tenantmw.New(tn, tenantmw.UserKeyFunc(basicAuth), tenantmw.WithErrorHandler(challenge),
+	mw, err := tenantmw.New(tn, tenantmw.UserKeyFunc(basicAuth), tenantmw.WithChallenge(`Basic realm="notes", charset="UTF-8"`),
 		tenantmw.WithContributors(tenantmw.Subdomain("{tenant}.localhost"), tenantmw.Header("X-Tenant")))
 	if err != nil {
 		return nil, err
@@ -131,15 +131,6 @@ func basicAuth(r *http.Request) (tenancy.UserKey, error) {
 		return "", errors.New("wrong password")
 	}
 	return tenancy.UserKey(strings.ToLower(user)), nil // keys are compared byte by byte
-}
-
-// challenge adds to a 401 what only the service knows: how to log in.
-func challenge(w http.ResponseWriter, r *http.Request, err error) {
-	p := tenantmw.ProblemOf(r, err)
-	if p.Status == http.StatusUnauthorized {
-		w.Header().Set("WWW-Authenticate", `Basic realm="notes", charset="UTF-8"`)
-	}
-	p.Write(w)
 }
 
 // serve answers requests until ctx ends, then lets those under way finish.

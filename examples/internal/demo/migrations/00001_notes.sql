@@ -1,0 +1,5 @@
+-- +goose Up
+CREATE TABLE notes (title text NOT NULL);
+
+-- +goose Down
+DROP TABLE notes;
