@@ -88,6 +88,9 @@ func (c *Catalog) DataSource(ctx context.Context, id ID) (DataSource, error) {
 
 // write runs fn in one transaction of the primary, then waits until this node has applied what it changed.
 func (c *Catalog) write(ctx context.Context, op string, id ID, fn func(tx pgx.Tx) error) error {
+	if err := visitOver(ctx); err != nil {
+		return &Error{Op: op, Tenant: id, Err: err}
+	}
 	if err := c.tn.primary.transact(ctx, fn); err != nil {
 		return &Error{Op: op, Tenant: id, Err: refusal(op, err)}
 	}

@@ -46,7 +46,8 @@ type Config struct {
 	HostManagers []UserKey
 	// SingleTenant is the name of the one tenant that everything is: every user that the service authenticates is in it, with the role of
 	// their membership or else RoleMember, and what requests say about their tenant means nothing, a claim
-	// that names another apart. So an installation for one customer runs the same code. Open creates the tenant in a primary that has none. Default: off.
+	// that names another apart. So an installation for one customer runs the same code. Open creates the tenant in a primary that has none, and
+	// refuses one that has others: their users would all be in it. Default: off.
 	SingleTenant string
 	// OnlyTenants names the tenants that this node serves. Every other one is refused with a [*NotServedError], and no pool is opened
 	// and no job run for it here. Names follow renames. Default: all.
@@ -131,7 +132,7 @@ type LookupConfig struct {
 type Limits struct {
 	// TenantConns is the size of one tenant's pool. Default: 4.
 	TenantConns int32
-	// PrimaryConns is the size of the pool to the primary. Default: 8. At least 3.
+	// PrimaryConns is the size of the pool to the primary; the feed has two connections besides. Default: 8. At least 3.
 	PrimaryConns int32
 	// TenantIdle is how long an unused tenant keeps its pool. Default: 5 min.
 	TenantIdle time.Duration
@@ -259,6 +260,17 @@ func (c Config) validate() error {
 		atLeast("Limits.Provisions", c.Limits.Provisions, 1),
 		within("DrainTimeout", c.DrainTimeout, time.Millisecond, time.Hour),
 	)
+}
+
+// serves returns the names of the tenants that this node serves, nil for all.
+func (c Config) serves() []string {
+	if c.SingleTenant != "" {
+		return []string{c.SingleTenant}
+	}
+	if len(c.OnlyTenants) == 0 {
+		return nil
+	}
+	return c.OnlyTenants
 }
 
 // validateNode checks what this node serves and how it is called.

@@ -114,7 +114,7 @@ func (db *TenantAwareDB) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchR
 	br := c.conn.SendBatch(ctx, b)
 	kept = true
 	if inner := br.Tx(); inner != nil {
-		return &leasedBatch{BatchResults: br, tx: &guardedTx{Tx: inner, pool: c.pool, c: c}}
+		return &leasedBatch{BatchResults: br, tx: &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}}
 	}
 	return &leasedBatch{BatchResults: br, c: c}
 }
@@ -152,7 +152,7 @@ func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (
 		c.release()
 		return nil, err
 	}
-	return &guardedTx{Tx: inner, pool: c.pool, c: c}, nil
+	return &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}, nil
 }
 
 // InTx runs fn in a transaction and commits it when fn returns nil. When fn returns an error or
@@ -177,7 +177,7 @@ func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx 
 			t.Rollback(undo) // a failure closes the connection, and with it the transaction
 		}
 	}()
-	if err := fn(withTx(ctx, t.(*guardedTx).tenant()), t); err != nil {
+	if err := fn(withTx(ctx, txOwner{db.tn.realm, t.(*guardedTx).tenant()}), t); err != nil {
 		return err
 	}
 	err = t.Commit(ctx)

@@ -17,16 +17,18 @@ import (
 // the caller's ctx stays as it was. It checks that the tenant exists and is served here; no membership is asked for, so
 // the ID must not come from a request. The session has no role, and the user of ctx.
 //
+// A visit goes on in what is entered from it, and ends when it ends.
+//
 // The error is [ErrTenantNotFound], one of the tenant's states as in [Tenancy.Resolve], [ErrNotServed],
-// [ErrTenantMismatch] inside a transaction of another tenant, [ErrPrimaryUnavailable] or [ErrClosed].
+// [ErrTenantMismatch] inside a transaction of another tenant, [ErrForbidden] after a visit, [ErrPrimaryUnavailable] or [ErrClosed].
 func (tn *Tenancy) Enter(ctx context.Context, id ID) (context.Context, error) {
 	r, err := tn.enter(ctx, "enter", id)
 	if err != nil {
 		return nil, err
 	}
-	s := Session{tenant: &r.tenant, record: r, source: "enter", work: true}
+	s := Session{tenant: &r.tenant, record: r, source: "enter", work: true, realm: tn.realm}
 	if from := sessionOf(ctx); from != nil {
-		s.user, s.manager = from.user, from.manager
+		s.user, s.visit, s.manager = from.user, from.visit, from.manager && from.realm == tn.realm
 	}
 	return withSession(ctx, s), nil
 }
@@ -35,7 +37,7 @@ func (tn *Tenancy) enter(ctx context.Context, op string, id ID) (*record, error)
 	if tn.closing.Load() {
 		return nil, &Error{Op: op, Tenant: id, Err: ErrClosed}
 	}
-	if err := refuseSwitch(ctx, id); err != nil {
+	if err := errors.Join(tn.refuseSwitch(ctx, id), visitOver(ctx)); err != nil {
 		return nil, &Error{Op: op, Tenant: id, Err: err}
 	}
 	r, err := tn.view.record(ctx, id)
@@ -81,13 +83,14 @@ func (v *Visit) check(now time.Time) error {
 
 // Impersonate lets the host manager of ctx into a tenant to which they do not belong. Who, why and until when are written to the
 // audit trail first, and to the log; [Session.Visit] shows it, and what the manager changes in the catalog meanwhile
-// carries the reason. When the visit is over every further call is refused with [ErrForbidden]; a statement that runs then ends as it would have.
+// carries the reason. When the visit is over every further call is refused with [ErrForbidden], also on a transaction that was begun before; what runs then, and the commit of what was
+// done, end as they would have.
 //
 // The error is [ErrForbidden] when ctx is not that of a host manager, [ErrInvalid], or one of [Tenancy.Enter].
 func (tn *Tenancy) Impersonate(ctx context.Context, id ID, v Visit) (context.Context, error) {
 	const op = "impersonate"
 	from := sessionOf(ctx)
-	if from == nil || !from.IsManager() {
+	if from == nil || !from.IsManager() || from.realm != tn.realm {
 		return nil, &Error{Op: op, Tenant: id, Err: hinted(ErrForbidden, "only a host manager may: Config.HostManagers lists them")}
 	}
 	if err := v.check(time.Now()); err != nil {
@@ -104,10 +107,18 @@ func (tn *Tenancy) Impersonate(ctx context.Context, id ID, v Visit) (context.Con
 		return nil, &Error{Op: op, Tenant: id, Name: r.tenant.Name, Err: refusal(op, err)}
 	}
 	tn.cfg.Logger.Info("tenancy: a host manager enters a tenant", "user", from.user, "tenant", id, "name", r.tenant.Name, "reason", v.Reason, "until", v.Until)
-	return withSession(ctx, Session{user: from.user, manager: true, role: v.Role, source: op, tenant: &r.tenant, record: r, visit: &v}), nil
+	return withSession(ctx, Session{user: from.user, manager: true, role: v.Role, source: op, tenant: &r.tenant, record: r, visit: &v, realm: tn.realm}), nil
 }
 
-// over refuses a visit whose time has come.
+// visitOver refuses what a visit's context asks for after its end.
+func visitOver(ctx context.Context) error {
+	if s := sessionOf(ctx); s != nil {
+		return s.visit.over(time.Now())
+	}
+	return nil
+}
+
+// over refuses a visit whose time has come; nil is no visit.
 func (v *Visit) over(now time.Time) error {
 	if v == nil || now.Before(v.Until) {
 		return nil
@@ -118,7 +129,7 @@ func (v *Visit) over(now time.Time) error {
 // Check asks again whether the session of ctx may go on: for a stream that outlives the moment in which it
 // was resolved (server-sent events, a websocket), before each message or every few seconds. It is answered from memory, as a request is.
 //
-// The user's membership must still be there, with at least the session's role; a visit must not be over; the tenant must be
+// The user's membership must still be there, with at least the session's role; a visit must not be over, nor its user no manager any more; the tenant must be
 // served. A session of [Tenancy.Enter], or of a guest, needs the last alone; one without a tenant is allowed for ever, unless it was a host user's who is none any more.
 //
 // The error is [ErrForbidden], a state of the tenant as in [Tenancy.Resolve], [ErrPrimaryUnavailable] (nobody knows; the stream can wait or end),
@@ -135,8 +146,13 @@ func (tn *Tenancy) Check(ctx context.Context) error {
 		return tn.checkHost(ctx, s)
 	}
 	r, err := tn.current(ctx, op)
-	if err != nil || s.work || s.visit != nil || s.user == "" {
+	switch {
+	case err != nil:
 		return err
+	case s.visit != nil:
+		return tn.checkHost(ctx, s)
+	case s.work || s.user == "":
+		return nil
 	}
 	res, err := tn.resolver.ResolveTenant(ctx, Query{User: s.user,
 		Hints: []Hint{{Source: s.source, Trust: Choice, By: ByID, Value: strconv.FormatInt(int64(r.tenant.ID), 10)}}})
@@ -150,7 +166,10 @@ func (tn *Tenancy) Check(ctx context.Context) error {
 }
 
 func (tn *Tenancy) checkHost(ctx context.Context, s *Session) error {
-	if !s.IsManager() || tn.managers[s.user] {
+	switch {
+	case s.realm != tn.realm && s.user != "":
+		return &Error{Op: "check", Err: hinted(ErrTenantMismatch, "the context's session was made by another primary")}
+	case !s.IsManager() || tn.managers[s.user]:
 		return nil
 	}
 	res, err := tn.resolver.ResolveTenant(ctx, Query{User: s.user})
@@ -168,18 +187,25 @@ func covers(has, wants Role) bool {
 	return has == wants || wants == "" || wants == RoleMember && has == RoleAdmin
 }
 
-// txKey is the key of the tenant whose transaction InTx runs; 0 is the host's.
+// txKey is the key of the txOwner whose transaction InTx runs.
 type txKey struct{}
 
-func withTx(ctx context.Context, id ID) context.Context { return context.WithValue(ctx, txKey{}, id) }
+type txOwner struct {
+	realm  realm
+	tenant ID // 0: the host
+}
+
+func withTx(ctx context.Context, o txOwner) context.Context {
+	return context.WithValue(ctx, txKey{}, o)
+}
 
 func inTx(ctx context.Context) bool { return ctx.Value(txKey{}) != nil }
 
 // refuseSwitch keeps code inside a transaction in its tenant: what it did under another would be neither in the
 // transaction nor undone with it.
-func refuseSwitch(ctx context.Context, to ID) error {
-	id, in := ctx.Value(txKey{}).(ID)
-	if !in || id == to && to != 0 {
+func (tn *Tenancy) refuseSwitch(ctx context.Context, to ID) error {
+	o, in := ctx.Value(txKey{}).(txOwner)
+	if !in || to != 0 && o == (txOwner{tn.realm, to}) {
 		return nil
 	}
 	return errSwitchInTx

@@ -212,8 +212,32 @@ func TestAHostManagerVisitsATenantOnTheRecord(t *testing.T) {
 	if got := scan[string](t, primary, `SELECT detail->>'visit' FROM tenancy.audit WHERE action = 'add member' AND actor = 'boss'`); got != "ticket 7: cannot log in" {
 		t.Errorf("audit of a change on a visit: %q", got)
 	}
+	// A visit goes on in what is entered from it, and in a transaction, and ends there too.
+	entered, err := tn.Enter(ctx, globex.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tx, err := tn.DB().Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	savepoint, err := tx.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(t.Context(), `SELECT 1`); err != nil {
+		t.Fatal(err)
+	}
 	time.Sleep(time.Until(until))
-	for _, err := range []error{second(tn.DB().Exec(ctx, `SELECT 1`)), second(tn.DB().Exec(tenancy.Detach(ctx), `SELECT 1`)), tn.Check(ctx)} {
+	if err := errors.Join(second(savepoint.Exec(t.Context(), `SELECT 1`)), second(tx.Exec(t.Context(), `SELECT 1`))); !errors.Is(err, tenancy.ErrForbidden) {
+		t.Errorf("a transaction that was begun on the visit: %v", err)
+	}
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Errorf("its end: %v", err)
+	}
+	for _, err := range []error{second(tn.DB().Exec(entered, `SELECT 1`)), tn.Check(entered), second(tn.Enter(ctx, acme.ID)), second(tn.Session(ctx)),
+		tn.Catalog().AddMember(ctx, tenancy.Membership{User: "late", Tenant: acme.ID}), tn.Catalog().Suspend(ctx, acme.ID, tenancy.Suspension{}),
+		second(tn.DB().Exec(ctx, `SELECT 1`)), second(tn.DB().Exec(tenancy.Detach(ctx), `SELECT 1`)), tn.Check(ctx)} {
 		wantError(t, err, tenancy.ErrForbidden, "the visit ended")
 	}
 	if tenantIn(t, ctx) != "acme" || sessionIn(t, boss).Caller() != tenancy.HostUser {
@@ -249,6 +273,54 @@ func TestAHostManagerVisitsATenantOnTheRecord(t *testing.T) {
 	}
 	if n := scan[int](t, primary, `SELECT count(*) FROM tenancy.audit WHERE action = 'impersonate'`); n != 1 {
 		t.Errorf("%d visits on the record, want 1", n)
+	}
+}
+
+// TestASessionIsGoodForItsPrimaryAlone: a manager of one fleet is nobody in another that runs in the same process.
+func TestASessionIsGoodForItsPrimaryAlone(t *testing.T) {
+	t.Parallel()
+	_, a, _, _ := twoTenants(t, tenancy.Config{HostManagers: []tenancy.UserKey{"boss"}})
+	_, b, _, _ := twoTenants(t, tenancy.Config{})
+	boss := resolved(t, a, "boss")
+	for name, ctx := range map[string]context.Context{"manager": boss, "as_host": tenancy.AsHost(boss), "member": resolved(t, a, "alice@acme.test")} {
+		if _, err := a.Session(ctx); err != nil {
+			t.Errorf("%s at home: %v", name, err)
+		}
+		wantError(t, second(b.Session(ctx)), tenancy.ErrTenantMismatch)
+		wantError(t, b.Check(ctx), tenancy.ErrTenantMismatch)
+		wantError(t, second(b.Impersonate(ctx, 1, tenancy.Visit{Reason: "x"})), tenancy.ErrForbidden)
+		entered, err := b.Enter(ctx, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if sessionIn(t, entered).IsManager() {
+			t.Errorf("%s: entering made a manager", name)
+		}
+	}
+	// IDs are small numbers, and both fleets have a tenant 1.
+	one, err := a.Enter(t.Context(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = a.DB().InTx(one, pgx.TxOptions{}, func(ctx context.Context, tx pgx.Tx) error {
+		wantError(t, second(tx.Exec(tenancy.AsHost(ctx), `SELECT 1`)), tenancy.ErrTenantMismatch, "a transaction is open")
+		return second(b.Enter(ctx, 1))
+	})
+	wantError(t, err, tenancy.ErrTenantMismatch, "a transaction is open")
+}
+
+// TestAContradictoryResolverIsRefused: neither a tenant's session that is a manager's nor a guest with a role.
+func TestAContradictoryResolverIsRefused(t *testing.T) {
+	t.Parallel()
+	_, tn, acme, _ := twoTenants(t, tenancy.Config{WrapResolver: func(tenancy.TenantResolver) tenancy.TenantResolver {
+		return tenancy.TenantResolverFunc(func(_ context.Context, q tenancy.Query) (tenancy.Resolution, error) {
+			return tenancy.Resolution{Tenant: 1, Role: tenancy.RoleAdmin, Host: q.User != ""}, nil
+		})
+	}})
+	_, err := tn.Resolve(t.Context(), tenancy.Query{User: "x"})
+	wantError(t, err, tenancy.ErrForbidden)
+	if s := sessionIn(t, resolved(t, tn, "")); s.Role() != "" || s.Caller() != tenancy.TenantGuest || acme.ID == 0 {
+		t.Errorf("a guest with a role: %v", s)
 	}
 }
 

@@ -62,7 +62,7 @@ func newFeed(tn *Tenancy) *feed {
 
 // start reads where the primary is and begins to follow. Nothing is cached before.
 func (f *feed) start(ctx context.Context) error {
-	if err := f.tn.primary.pool.QueryRow(ctx, `SELECT e.epoch, coalesce(c.stamp, gen_random_uuid()) FROM tenancy.epoch e LEFT JOIN tenancy.changes c USING (epoch)`).
+	if err := f.tn.primary.follow.QueryRow(ctx, `SELECT e.epoch, coalesce(c.stamp, gen_random_uuid()) FROM tenancy.epoch e LEFT JOIN tenancy.changes c USING (epoch)`).
 		Scan(&f.epoch, &f.stamp); err != nil {
 		return unavailable("start the feed", err)
 	}
@@ -75,7 +75,25 @@ func (f *feed) start(ctx context.Context) error {
 	}
 	f.done.Go(f.follow)
 	f.done.Go(f.listenForever)
+	if f.tn.cfg.Store != nil {
+		f.done.Go(f.expireStore)
+	}
 	return nil
+}
+
+// expireStore forgets what Config.Store has answered, each StoreTTL: a store announces nothing. It is a goroutine of its own because a
+// reading of the changes can hang.
+func (f *feed) expireStore() {
+	tick := time.NewTicker(f.tn.cfg.Lookups.StoreTTL)
+	defer tick.Stop()
+	for {
+		select {
+		case <-f.ctx.Done():
+			return
+		case <-tick.C:
+			f.tn.view.forgetStore()
+		}
+	}
 }
 
 // close ends the feed and takes this node off the list, so that no fence waits for it.
@@ -87,7 +105,7 @@ func (f *feed) close() {
 	f.done.Wait()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	_, _ = f.tn.primary.pool.Exec(ctx, `DELETE FROM tenancy.nodes WHERE id = $1`, f.node)
+	_, _ = f.tn.primary.follow.Exec(ctx, `DELETE FROM tenancy.nodes WHERE id = $1`, f.node)
 }
 
 // follow reads the changes at each wake and each PollPeriod, and watches how long the primary has been silent.
@@ -95,12 +113,7 @@ func (f *feed) follow() {
 	tick := time.NewTicker(f.tn.cfg.Lookups.PollPeriod)
 	defer tick.Stop()
 	quiet := false // one line for an outage, not one a second
-	believed := time.Now()
 	for {
-		if f.tn.cfg.Store != nil && time.Since(believed) >= f.tn.cfg.Lookups.StoreTTL { // it announces nothing
-			f.tn.view.forgetEverything()
-			believed = time.Now()
-		}
 		select {
 		case <-f.ctx.Done():
 			return
@@ -163,7 +176,7 @@ func (f *feed) sync(ctx context.Context) error {
 		f.epoch, f.stamp = latest, UID{}
 		if n := len(changes); n > 0 && changes[n-1].epoch == latest {
 			f.stamp = changes[n-1].stamp
-		} else if err := f.tn.primary.pool.QueryRow(ctx, `SELECT stamp FROM tenancy.changes WHERE epoch = $1`, latest).Scan(&f.stamp); err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		} else if err := f.tn.primary.follow.QueryRow(ctx, `SELECT stamp FROM tenancy.changes WHERE epoch = $1`, latest).Scan(&f.stamp); err != nil && !errors.Is(err, pgx.ErrNoRows) {
 			f.epoch = before // unsure where we are: the next read doubts again
 			return unavailable("read changes", err)
 		}
@@ -185,7 +198,7 @@ func (f *feed) sync(ctx context.Context) error {
 
 // read returns the primary's epoch and its changes from the last one applied on, that one included.
 func (f *feed) read(ctx context.Context) (latest int64, changes []change, err error) {
-	rows, _ := f.tn.primary.pool.Query(ctx, `SELECT e.epoch, coalesce(c.epoch, 0), coalesce(c.kind, ''), coalesce(c.tenant, 0), coalesce(c.key, ''), coalesce(c.stamp, '00000000-0000-0000-0000-000000000000')
+	rows, _ := f.tn.primary.follow.Query(ctx, `SELECT e.epoch, coalesce(c.epoch, 0), coalesce(c.kind, ''), coalesce(c.tenant, 0), coalesce(c.key, ''), coalesce(c.stamp, '00000000-0000-0000-0000-000000000000')
 		FROM tenancy.epoch e LEFT JOIN tenancy.changes c ON c.epoch >= $1 AND c.epoch <= e.epoch ORDER BY c.epoch LIMIT $2`, f.epoch, changesAtOnce+2)
 	defer rows.Close()
 	for rows.Next() {
@@ -277,9 +290,9 @@ func isUnavailable(err error) bool {
 
 // report tells the primary which change this node has applied, which fences wait for.
 func (f *feed) report(ctx context.Context) error {
-	cfg, pool := f.tn.cfg, f.tn.primary.pool
+	cfg, pool := f.tn.cfg, f.tn.primary.follow
 	_, err := pool.Exec(ctx, `INSERT INTO tenancy.nodes (id, name, epoch, serves, address) VALUES ($1, $2, $3, $4, $5)
-		ON CONFLICT (id) DO UPDATE SET epoch = excluded.epoch, seen = now()`, f.node, f.name, f.epoch, cfg.OnlyTenants, cfg.NodeAddress)
+		ON CONFLICT (id) DO UPDATE SET epoch = excluded.epoch, seen = now()`, f.node, f.name, f.epoch, cfg.serves(), cfg.NodeAddress)
 	if err != nil {
 		return unavailable("report", err)
 	}

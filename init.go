@@ -76,6 +76,7 @@ func Init(ctx context.Context, admin AdminConfig) error {
 		return err
 	}
 	defer p.pool.Close()
+	defer p.follow.Close()
 	if err := p.sameProvisioner(ctx, server); err != nil {
 		return err
 	}

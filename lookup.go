@@ -62,7 +62,7 @@ type lookupConfig struct {
 	size         int           // found values; required
 	negativeSize int           // keys not found; 0: none are kept
 	negativeTTL  time.Duration // how long a key stays not found; 0: not at all
-	loadTimeout  time.Duration // of one load, from its beginning; 0: 5 s
+	loadTimeout  time.Duration // of one load, from its first caller on, the line included; 0: 5 s
 	parallel     int           // loads at once, over all keys; 0: 64
 }
 
@@ -92,6 +92,7 @@ type lookupStats struct {
 type flight[K comparable, V any] struct {
 	key  K
 	load loader[K, V]
+	end  time.Time     // loadTimeout after the first caller came, the line included
 	done chan struct{} // closed after value, found and err are written
 
 	value V
@@ -261,7 +262,7 @@ func (l *lookup[K, V]) join(ctx context.Context, key K, load loader[K, V]) (*fli
 	}
 	f := l.flights[key]
 	if f == nil || f.place == nil && f.epoch != l.epoch {
-		f = &flight[K, V]{key: key, load: load, done: make(chan struct{})}
+		f = &flight[K, V]{key: key, load: load, end: time.Now().Add(l.cfg.loadTimeout), done: make(chan struct{})}
 		l.flights[key] = f
 		if l.running < l.cfg.parallel {
 			l.beginLocked(f)
@@ -310,7 +311,7 @@ func (l *lookup[K, V]) run(f *flight[K, V]) {
 			f.err = &loadPanic{value: p, stack: debug.Stack()}
 		}
 	}()
-	ctx, cancel := context.WithTimeout(l.base, l.cfg.loadTimeout)
+	ctx, cancel := context.WithDeadline(l.base, f.end)
 	defer cancel()
 	f.value, f.found, f.err = f.load(ctx, f.key)
 }

@@ -350,13 +350,13 @@ func TestLookupKeepsTheResultOfALoadWhoseCallerLeft(t *testing.T) {
 func TestLookupBoundsLoadsAtOnceAndTheLine(t *testing.T) {
 	for want, parallel := range map[int64]int{3: 3, 64: 0} {
 		var now, peak, total atomic.Int64
-		cfg := lookupConfig{size: 1000, parallel: parallel, loadTimeout: 2 * time.Second}
+		cfg := lookupConfig{size: 1000, parallel: parallel, loadTimeout: 2 * time.Minute}
 		load := func(ctx context.Context, key string) (string, bool, error) {
 			peak.Store(max(peak.Load(), now.Add(1)))
 			defer now.Add(-1)
 			total.Add(1)
 			time.Sleep(time.Second)
-			return key, true, ctx.Err() // the timeout begins with the load, not with the line
+			return key, true, ctx.Err()
 		}
 		smallLookup(t, cfg, load, func(t *testing.T, l *lookup[string, string]) {
 			var wg sync.WaitGroup
@@ -389,6 +389,30 @@ func TestLookupBoundsLoadsAtOnceAndTheLine(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestLookupCountsTheLineToTheTimeout: whoever stands behind loads that hang is told so as soon as who waits for them.
+func TestLookupCountsTheLineToTheTimeout(t *testing.T) {
+	cfg := lookupConfig{size: 1000, parallel: 3, loadTimeout: 2 * time.Second}
+	hang := func(ctx context.Context, key string) (string, bool, error) {
+		<-ctx.Done()
+		return "", false, ctx.Err()
+	}
+	smallLookup(t, cfg, hang, func(t *testing.T, l *lookup[string, string]) {
+		start := time.Now()
+		var wg sync.WaitGroup
+		for i := range 192 {
+			wg.Go(func() {
+				if _, _, err := l.get(context.Background(), fmt.Sprint(i)); err != context.DeadlineExceeded {
+					t.Errorf("error %v", err)
+				}
+			})
+		}
+		wg.Wait()
+		if d := time.Since(start); d != 2*time.Second {
+			t.Errorf("took %v, want 2s", d)
+		}
+	})
 }
 
 // A load that waits for its permit has read nothing yet: forgetting its key does not cost a second one.

@@ -36,7 +36,7 @@ func (s *share) elsewhere(name string) (addresses []string) {
 			addresses = append(addresses, n.address)
 		}
 	}
-	return addresses
+	return slices.Compact(addresses) // one that was killed and came back is there twice for a while
 }
 
 // read asks the primary which nodes take callers. One that has been silent for a while takes none.

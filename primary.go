@@ -18,6 +18,7 @@ import (
 // primaryDB is the primary database with the catalog login: the pool, the realm and the keys.
 type primaryDB struct {
 	pool   *pgxpool.Pool
+	follow *pgxpool.Pool   // the feed's one connection: look-ups that hang must not keep it from hearing the primary
 	direct *pgx.ConnConfig // past any pooler
 	keys   Keyring
 	realm  realm
@@ -55,9 +56,17 @@ func openPrimary(ctx context.Context, cfg Config) (*primaryDB, error) {
 	if err != nil {
 		return nil, unavailable("open the primary", err)
 	}
-	p := &primaryDB{pool: pool, direct: direct.ConnConfig, keys: cfg.Keys}
+	fc := pc.Copy()
+	fc.MaxConns = 1
+	follow, err := pgxpool.NewWithConfig(ctx, fc)
+	if err != nil {
+		pool.Close()
+		return nil, unavailable("open the primary", err)
+	}
+	p := &primaryDB{pool: pool, follow: follow, direct: direct.ConnConfig, keys: cfg.Keys}
 	if err := p.checkRealm(ctx); err != nil {
 		pool.Close()
+		follow.Close()
 		return nil, err
 	}
 	return p, nil
@@ -287,6 +296,9 @@ func audit(ctx context.Context, tx pgx.Tx, action string, tenant ID, detail map[
 //
 // The returned context ends when the lock is lost: what goes on then could meet another node's work on the same tenant.
 func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
+	if err := visitOver(ctx); err != nil {
+		return nil, nil, err
+	}
 	conn, err := pgx.ConnectConfig(ctx, p.direct)
 	if err != nil {
 		return nil, nil, unavailable("lock", err)

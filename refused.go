@@ -2,6 +2,7 @@ package tenancy
 
 import (
 	"context"
+	"hash/maphash"
 	"log/slog"
 	"sync"
 	"time"
@@ -21,14 +22,28 @@ type refusedHints struct {
 	done  sync.WaitGroup
 	stop  context.CancelFunc
 
-	mu      sync.Mutex // guards dropped and closed
-	dropped int
+	mu      sync.Mutex // guards the fields below
+	dropped int        // not recorded, for want of room or of the primary
+	failed  error      // why, the last time
 	closed  bool
 }
 
 type refusedQuery struct {
 	user  UserKey
 	hints []Hint
+}
+
+var refusedSeed = maphash.MakeSeed()
+
+// hash tells queries apart, as far as 64 bits do: a record that is lost among others is no harm.
+func (q refusedQuery) hash() uint64 {
+	var h maphash.Hash
+	h.SetSeed(refusedSeed)
+	h.WriteString(string(q.user))
+	for _, hint := range q.hints {
+		maphash.WriteComparable(&h, hint)
+	}
+	return h.Sum64()
 }
 
 // refusedKey is what is written once a minute.
@@ -39,9 +54,10 @@ type refusedKey struct {
 }
 
 const (
-	refusedQueue  = 1024
-	refusedPeriod = time.Minute
-	refusedRows   = 4096 // in a period
+	refusedQueue   = 1024
+	refusedPeriod  = time.Minute
+	refusedQueries = 4096 // that are looked into in a period, each once
+	refusedClose   = time.Second
 )
 
 func newRefusedHints(tn *Tenancy) *refusedHints {
@@ -75,7 +91,7 @@ func (r *refusedHints) note(q Query) {
 	}
 }
 
-// close writes what is in the queue, until ctx ends.
+// close writes what is in the queue, until ctx ends and for refusedClose at most: nobody's work waits for it.
 func (r *refusedHints) close(ctx context.Context) {
 	r.mu.Lock()
 	if !r.closed {
@@ -83,13 +99,15 @@ func (r *refusedHints) close(ctx context.Context) {
 		close(r.queue)
 	}
 	r.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, refusedClose)
+	defer cancel()
 	defer context.AfterFunc(ctx, r.stop)()
 	r.done.Wait()
 	r.stop()
 }
 
 func (r *refusedHints) write(ctx context.Context) {
-	seen := map[refusedKey]struct{}{}
+	seen, asked := map[refusedKey]struct{}{}, map[uint64]struct{}{}
 	period := time.NewTicker(refusedPeriod)
 	defer period.Stop()
 	for {
@@ -98,34 +116,50 @@ func (r *refusedHints) write(ctx context.Context) {
 			if !more {
 				return
 			}
+			id := q.hash()
+			if _, before := asked[id]; before {
+				continue
+			}
+			if len(asked) >= refusedQueries {
+				r.drop(nil)
+				continue
+			}
+			asked[id] = struct{}{}
 			for key, why := range r.foreign(ctx, q) {
 				if _, told := seen[key]; told {
 					continue
 				}
-				if len(seen) >= refusedRows {
-					r.drop()
-					continue
-				}
 				seen[key] = struct{}{}
-				r.record(ctx, key, why)
+				if err := r.record(ctx, key, why); err != nil {
+					r.drop(err)
+				}
 			}
 		case <-period.C:
 			clear(seen)
-			r.mu.Lock()
-			dropped := r.dropped
-			r.dropped = 0
-			r.mu.Unlock()
-			if dropped > 0 {
-				r.log.Warn("tenancy: more hints were refused than the audit trail takes", "not_recorded", dropped)
-			}
+			clear(asked)
+			r.tell()
 		}
 	}
 }
 
-func (r *refusedHints) drop() {
+func (r *refusedHints) drop(err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.dropped++
+	if err != nil {
+		r.failed = err
+	}
+}
+
+// tell logs once a period what was not recorded.
+func (r *refusedHints) tell() {
+	r.mu.Lock()
+	dropped, err := r.dropped, r.failed
+	r.dropped, r.failed = 0, nil
+	r.mu.Unlock()
+	if dropped > 0 {
+		r.log.Warn("tenancy: more hints were refused than the audit trail takes", "not_recorded", dropped, "error", withoutSecrets(err))
+	}
 }
 
 // foreign yields the tenants that the query names and that exist and are not the user's; of a query whose hints
@@ -133,14 +167,14 @@ func (r *refusedHints) drop() {
 func (r *refusedHints) foreign(ctx context.Context, q refusedQuery) map[refusedKey]string {
 	members, _, err := r.tn.view.users.get(ctx, q.user)
 	if err != nil {
-		r.log.Warn("tenancy: a refused hint could not be looked into", "user", q.user, "error", err)
+		r.drop(err)
 		return nil
 	}
 	found, own, mine := map[refusedKey]string{}, map[refusedKey]string{}, map[ID]bool{}
 	for _, h := range q.hints {
 		id, err := r.tn.view.find(ctx, h)
 		if err != nil {
-			r.log.Warn("tenancy: a refused hint could not be looked into", "user", q.user, "source", h.Source, "error", err)
+			r.drop(err)
 			continue
 		}
 		key := refusedKey{q.user, id, h.Source}
@@ -159,13 +193,10 @@ func (r *refusedHints) foreign(ctx context.Context, q refusedQuery) map[refusedK
 	return found
 }
 
-func (r *refusedHints) record(ctx context.Context, key refusedKey, why string) {
+func (r *refusedHints) record(ctx context.Context, key refusedKey, why string) error {
 	ctx, cancel := context.WithTimeout(withSession(ctx, Session{user: key.user}), r.tn.cfg.Lookups.Timeout)
 	defer cancel()
-	err := r.tn.primary.transact(ctx, func(tx pgx.Tx) error {
+	return r.tn.primary.transact(ctx, func(tx pgx.Tx) error {
 		return audit(ctx, tx, "refused hint", key.tenant, map[string]any{"source": key.source, "why": why})
 	})
-	if err != nil {
-		r.log.Warn("tenancy: a refused hint could not be recorded", "user", key.user, "tenant", key.tenant, "source", key.source, "error", withoutSecrets(err))
-	}
 }

@@ -116,17 +116,22 @@ func (tn *Tenancy) Resolve(ctx context.Context, q Query) (context.Context, error
 		}
 		return nil, wrapOp(op, 0, err)
 	}
-	if err := refuseSwitch(ctx, res.Tenant); err != nil {
+	if res.Host && res.Tenant != 0 {
+		return nil, &Error{Op: op, Tenant: res.Tenant, Err: hinted(ErrForbidden, "the resolver answered with a tenant and the host at once")}
+	}
+	if err := tn.refuseSwitch(ctx, res.Tenant); err != nil {
 		return nil, &Error{Op: op, Tenant: res.Tenant, Err: err}
 	}
-	s := Session{user: q.User, role: res.Role, source: res.Source, host: res.Tenant == 0,
-		manager: q.User != "" && (res.Host || tn.managers[q.User])}
+	s := Session{user: q.User, source: res.Source, realm: tn.realm, manager: q.User != "" && (res.Host || tn.managers[q.User])}
 	if res.Tenant == 0 {
 		if !res.Host { // a resolver's zero answer is no way in
 			return nil, &Error{Op: op, Err: ErrForbidden}
 		}
-		s.role = ""
+		s.host = true
 		return withSession(ctx, s), nil
+	}
+	if q.User != "" {
+		s.role = res.Role
 	}
 	r := res.record
 	if !tn.view.current(r) || r.tenant.ID != res.Tenant {
@@ -136,13 +141,23 @@ func (tn *Tenancy) Resolve(ctx context.Context, q Query) (context.Context, error
 		err = r.served(op)
 	}
 	if err != nil {
-		if q.User == "" && !isUnavailable(err) && !errors.Is(err, ErrNotServed) {
+		if q.User == "" && outOfService(err) {
 			err = ErrTenantNotFound
 		}
 		return nil, wrapOp(op, res.Tenant, err)
 	}
 	s.tenant, s.record = &r.tenant, r
 	return withSession(ctx, s), nil
+}
+
+// outOfService reports whether err is a state of the tenant, which is its members' to know.
+func outOfService(err error) bool {
+	for _, state := range []error{ErrTenantSuspended, ErrTenantMaintenance, ErrTenantGone, ErrTenantNotReady} {
+		if errors.Is(err, state) {
+			return true
+		}
+	}
+	return false
 }
 
 // current returns what the catalog says now about the tenant of ctx: the context says who, the
@@ -278,14 +293,22 @@ func (r *defaultResolver) own(ctx context.Context, h Hint, members []*member) (*
 }
 
 func (r *defaultResolver) named(ctx context.Context, name string, members []*member) (*member, error) {
+	var found *member
 	var unknown error
 	for _, m := range members {
 		rec, err := r.recordOf(ctx, m)
-		if err != nil && !errors.Is(err, ErrTenantNotFound) {
+		switch {
+		case err != nil && !errors.Is(err, ErrTenantNotFound):
 			unknown = err // it may be the one that is meant
-		} else if err == nil && rec.tenant.Name == name {
-			return m, nil
+		case err != nil || rec.tenant.Name != name:
+		case found != nil:
+			return nil, fmt.Errorf("tenancy: tenants id %d and id %d have the same name: Config.Store says so", found.tenant, m.tenant)
+		default:
+			found = m
 		}
+	}
+	if found != nil {
+		return found, nil
 	}
 	return nil, unknown
 }

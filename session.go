@@ -3,6 +3,7 @@ package tenancy
 import (
 	"context"
 	"fmt"
+	"time"
 )
 
 // Session is what a context carries about its caller: who, for which tenant, in which role.
@@ -16,6 +17,7 @@ type Session struct {
 	tenant  *Tenant // shared and never written; nil: none
 	record  *record // where tenant was read, when it was; a checkout asks whether it is still current
 	visit   *Visit  // shared and never written; nil: none
+	realm   realm   // of the Tenancy that made it; a manager of one primary is nobody at another
 	host    bool
 	manager bool // the user is one of the host's
 	work    bool // the service's own work, for which no membership was asked
@@ -147,6 +149,27 @@ func FromContext(ctx context.Context) (Session, bool) {
 	return *s, true
 }
 
+// Session returns the session of ctx if it is good for tn: one that tn made, and not that of a visit that is over. The middleware's guards ask
+// it. It costs no look-up, and says nothing of what changed since the session was made: that is [Tenancy.Check].
+//
+// The error is [ErrNoTenant] when ctx has no session, [ErrTenantMismatch] for one of another primary or of a switch inside a transaction, and [ErrForbidden] after a visit.
+func (tn *Tenancy) Session(ctx context.Context) (Session, error) {
+	const op = "session"
+	s := sessionOf(ctx)
+	switch {
+	case s == nil:
+		return Session{}, &Error{Op: op, Err: errNoSession}
+	case s.refused:
+		return Session{}, &Error{Op: op, Err: errSwitchInTx}
+	case s.realm != tn.realm && (s.tenant != nil || s.user != ""):
+		return Session{}, &Error{Op: op, Err: hinted(ErrTenantMismatch, "the context's session was made by another primary")}
+	}
+	if err := s.visit.over(time.Now()); err != nil {
+		return Session{}, &Error{Op: op, Tenant: s.tenant.ID, Name: s.tenant.Name, Err: err}
+	}
+	return *s, nil
+}
+
 // TenantFrom returns the tenant of ctx. Without one the error is [ErrNoTenant].
 func TenantFrom(ctx context.Context) (Tenant, error) {
 	s := sessionOf(ctx)
@@ -177,7 +200,7 @@ func Detach(ctx context.Context) context.Context {
 func AsHost(ctx context.Context) context.Context {
 	s := Session{host: true, source: "host", refused: inTx(ctx)}
 	if from := sessionOf(ctx); from != nil {
-		s.user, s.manager = from.user, from.manager
+		s.user, s.manager, s.realm = from.user, from.manager, from.realm
 	}
 	return withSession(ctx, s)
 }

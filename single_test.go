@@ -5,6 +5,7 @@ import (
 	"errors"
 	"sync"
 	"testing"
+	"testing/fstest"
 
 	"github.com/msmt-go/tenancy"
 	"github.com/msmt-go/tenancy/tenancytest"
@@ -69,9 +70,36 @@ func TestSingleTenantIsEverything(t *testing.T) {
 	}
 	// A new name in the configuration, or in the catalog, must not open an empty tenant.
 	cfg.SingleTenant, cfg.PrimaryURL, cfg.Keys = "other", f.PrimaryURL, f.Keys
-	if _, err := tenancy.Open(t.Context(), cfg); !errors.Is(err, tenancy.ErrTenantNotFound) {
-		t.Errorf("another name: %v, want ErrTenantNotFound", err)
+	if _, err := tenancy.Open(t.Context(), cfg); !errors.Is(err, tenancy.ErrInvalid) {
+		t.Errorf("another name: %v, want ErrInvalid", err)
 	}
+	if err := tn.Catalog().Rename(t.Context(), main.ID, "renamed"); err != nil {
+		t.Fatal(err)
+	}
+	cfg.SingleTenant = "main"
+	if _, err := tenancy.Open(t.Context(), cfg); !errors.Is(err, tenancy.ErrInvalid) {
+		t.Errorf("its old name: %v, want ErrInvalid", err)
+	}
+}
+
+// TestSingleTenantIsRefusedAmongOthers: a setting that came to the wrong fleet would let everybody into one tenant.
+func TestSingleTenantIsRefusedAmongOthers(t *testing.T) {
+	t.Parallel()
+	f, _, _, _ := twoTenants(t, tenancy.Config{})
+	_, err := tenancy.Open(t.Context(), tenancy.Config{PrimaryURL: f.PrimaryURL, Keys: f.Keys, SingleTenant: "acme"})
+	wantError(t, err, tenancy.ErrInvalid, "1 others")
+}
+
+// TestASingleTenantThatIsHalfMadeIsNotOpened: the call that began it has to finish it.
+func TestASingleTenantThatIsHalfMadeIsNotOpened(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: fstest.MapFS{"00001_x.sql": {Data: []byte("-- +goose Up\nSELECT 1/0;\n")}}})
+	if _, err := tn.Catalog().Create(t.Context(), tenancy.NewTenant{Name: "main", Admin: "alice"}); err == nil {
+		t.Fatal("the migration did not fail")
+	}
+	_, err := tenancy.Open(t.Context(), tenancy.Config{PrimaryURL: f.PrimaryURL, Keys: f.Keys, Migrations: noteMigrations, SingleTenant: "main"})
+	wantError(t, err, tenancy.ErrTenantNotReady, "call that again")
 }
 
 func TestNodesThatStartAtOnceMakeOneSingleTenant(t *testing.T) {

@@ -13,18 +13,18 @@ import (
 // A tenant's data is reached through the primary all the same: its ID, UID, state and data source must be there, and a tenant
 // is served only where the store and the primary both say so. The ID that a store answers is the primary's.
 //
-// A store is asked on a miss alone, concurrently, with a ctx that ends after Lookups.Timeout; what it answers is
+// A store is asked on a miss alone, concurrently, with a ctx that ends after Lookups.Timeout and that it must heed: others wait for it. What it answers is
 // believed for Lookups.StoreTTL, because it announces no changes. What does not exist is [ErrTenantNotFound], and a
 // user without memberships an empty list; every other error is 503 for the request and is never remembered.
 // tenancytest.TestStore checks an implementation.
 type Store interface {
-	// Tenant returns the tenant; its ID, Name and State count.
+	// Tenant returns the tenant; its ID, Name and State count, and its UID where it has one. Names are unique.
 	Tenant(ctx context.Context, id ID) (Tenant, error)
 	// TenantByName returns the tenant of a name, compared byte by byte.
 	TenantByName(ctx context.Context, name string) (Tenant, error)
 	// TenantByDomain returns the tenant of a domain: lower case, no trailing dot, no port.
 	TenantByDomain(ctx context.Context, domain string) (Tenant, error)
-	// TenantsOf returns the user's memberships, at most one per tenant and at most one default. Keys are compared byte by byte.
+	// TenantsOf returns the user's memberships, each with its User, at most one per tenant and at most one default. Keys are compared byte by byte.
 	TenantsOf(ctx context.Context, user UserKey) ([]Membership, error)
 }
 
@@ -38,8 +38,8 @@ func (r *record) heed(t Tenant, err error) error {
 		return nil
 	case err != nil:
 		return fmt.Errorf("Config.Store: %w", err)
-	case t.ID != r.tenant.ID:
-		return fmt.Errorf("Config.Store: asked for tenant id %d, it answered with id %d", r.tenant.ID, t.ID)
+	case t.ID != r.tenant.ID || t.UID != UID{} && t.UID != r.tenant.UID:
+		return fmt.Errorf("Config.Store: asked for tenant id %d, it answered with id %d or another UID", r.tenant.ID, t.ID)
 	}
 	if t.Name != "" {
 		r.tenant.Name = t.Name
@@ -62,7 +62,7 @@ func known(t Tenant, err error) (ID, bool, error) {
 }
 
 // membersOf takes a store's memberships, and refuses a list that would decide by its order.
-func membersOf(list []Membership, err error) ([]*member, bool, error) {
+func membersOf(user UserKey, list []Membership, err error) ([]*member, bool, error) {
 	if err != nil {
 		return nil, false, fmt.Errorf("Config.Store: %w", err)
 	}
@@ -72,8 +72,8 @@ func membersOf(list []Membership, err error) ([]*member, bool, error) {
 		if m.Default {
 			defaults++
 		}
-		if seen[m.Tenant] || defaults > 1 || m.check() != nil {
-			return nil, false, fmt.Errorf("Config.Store: a user's memberships are not valid: tenant id %d is named twice, is a second default or has an unknown role", m.Tenant)
+		if m.User != user || m.Tenant <= 0 || seen[m.Tenant] || defaults > 1 || m.check() != nil {
+			return nil, false, fmt.Errorf("Config.Store: a user's memberships are not valid: that in tenant id %d is another user's, is named twice, is a second default or has an unknown role", m.Tenant)
 		}
 		seen[m.Tenant] = true
 		members = append(members, &member{tenant: m.Tenant, role: m.Role, isDefault: m.Default})

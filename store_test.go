@@ -1,7 +1,10 @@
 package tenancy_test
 
 import (
+	"context"
 	"errors"
+	"log/slog"
+	"strings"
 	"testing"
 	"time"
 
@@ -92,7 +95,65 @@ func TestAStoreTellsWhoBelongsWhere(t *testing.T) {
 	store.RemoveMember(acme.ID, "zoe")
 	until(t, 2*time.Second, class(tenancy.ErrForbidden), zoe)
 
+	// One that answers for somebody else is not believed.
+	store.PutMember(tenancy.Membership{User: "ALICE", Tenant: acme.ID, Role: tenancy.RoleAdmin})
+	folding := foldingStore{store}
+	_, tn2, acme2, _ := twoTenants(t, tenancy.Config{Store: folding})
+	store.PutTenant(acme2)
+	_, err := tn2.Resolve(t.Context(), tenancy.Query{User: "alice"})
+	wantError(t, err, tenancy.ErrPrimaryUnavailable, "another user's")
+
 	// Nor is a list that would decide by its order.
 	store.PutMember(tenancy.Membership{User: "two", Tenant: acme.ID, Role: "king"})
 	until(t, 2*time.Second, class(tenancy.ErrPrimaryUnavailable), outcome(tenancy.Query{User: "two"}))
+}
+
+// foldingStore takes two users for one.
+type foldingStore struct{ tenancy.Store }
+
+func (s foldingStore) TenantsOf(ctx context.Context, user tenancy.UserKey) ([]tenancy.Membership, error) {
+	return s.Store.TenantsOf(ctx, tenancy.UserKey(strings.ToUpper(string(user))))
+}
+
+// TestAnotherPrimarysCatalogIsNoStore: its tenant 1 is not ours.
+func TestAnotherPrimarysCatalogIsNoStore(t *testing.T) {
+	t.Parallel()
+	_, other, _, _ := twoTenants(t, tenancy.Config{})
+	_, tn, _, _ := twoTenants(t, tenancy.Config{Store: other.Catalog()})
+	_, err := tn.Resolve(t.Context(), tenancy.Query{User: "alice@acme.test"})
+	wantError(t, err, tenancy.ErrPrimaryUnavailable, "another UID")
+}
+
+// TestAnOutageOfThePrimaryIsSurvivedWithAStoreToo: the store's answers are asked again, the primary's are kept.
+func TestAnOutageOfThePrimaryIsSurvivedWithAStoreToo(t *testing.T) {
+	t.Parallel()
+	store := &tenancytest.Store{}
+	f, _, acme, _ := twoTenants(t, tenancy.Config{})
+	store.PutTenant(acme)
+	store.PutMember(tenancy.Membership{User: "zoe", Tenant: acme.ID, Default: true})
+	p := startProxy(t, f.PrimaryURL)
+	cfg := tenancy.Config{PrimaryURL: p.url, Keys: f.Keys, Store: store, Logger: slog.New(slog.DiscardHandler),
+		Lookups: tenancy.LookupConfig{StoreTTL: 100 * time.Millisecond, PollPeriod: 100 * time.Millisecond, StaleGrace: time.Minute, Timeout: time.Second}}
+	node, err := tenancy.Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = node.Close() })
+	ask := func() error {
+		ctx, err := node.Resolve(t.Context(), tenancy.Query{User: "zoe"})
+		if err != nil {
+			return err
+		}
+		return node.DB().QueryRow(ctx, `SELECT 1`).Scan(new(int))
+	}
+	if err := ask(); err != nil {
+		t.Fatal(err)
+	}
+	p.cut()
+	defer p.mend()
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if err := ask(); err != nil {
+			t.Fatalf("a user that was known: %v", err)
+		}
+	}
 }

@@ -195,28 +195,40 @@ func (tn *Tenancy) chooseResolver(ctx context.Context) error {
 	return nil
 }
 
-// singleTenant returns the one tenant, made if the primary has none at all: where there are others, a name that
-// is not among them is a mistake or was changed, and an empty tenant in its place would look like lost data.
+// singleTenant returns the one tenant, made if the primary has none at all. Where there are others, their users would all
+// be in it, or a name that was changed would open an empty tenant that looks like lost data.
 func (tn *Tenancy) singleTenant(ctx context.Context, name string) (ID, error) {
+	fail := func(err error) (ID, error) {
+		if _, ok := err.(*Error); !ok {
+			err = &Error{Op: "open the single tenant", Name: name, Err: err}
+		}
+		return 0, err
+	}
+	var others int
+	if err := tn.primary.pool.QueryRow(ctx, `SELECT count(*) FROM tenancy.tenants WHERE name <> $1 AND state <> 'purged'`, name).Scan(&others); err != nil {
+		return fail(unavailable("open the single tenant", err))
+	}
+	if others > 0 {
+		return fail(hinted(ErrInvalid, "Config.SingleTenant is for a primary with this tenant alone, and it has %d others", others))
+	}
 	t, err := tn.catalog.TenantByName(ctx, name)
 	if err == nil && t.State != StateProvisioning {
 		return t.ID, nil
 	}
 	if err != nil && !errors.Is(err, ErrTenantNotFound) {
-		return 0, err
-	}
-	var others bool
-	if err := tn.primary.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM tenancy.tenants WHERE name <> $1)`, name).Scan(&others); err != nil {
-		return 0, unavailable("open the single tenant", err)
-	}
-	if others {
-		return 0, &Error{Op: "open the single tenant", Name: name, Err: hinted(ErrTenantNotFound, "Config.SingleTenant names none of the tenants that the primary has; Open makes it only where there are none")}
+		return fail(err)
 	}
 	t, err = tn.catalog.Create(ctx, NewTenant{Name: name})
-	if errors.Is(err, ErrTenantExists) { // another node made it meanwhile
+	if errors.Is(err, ErrTenantExists) { // another node made it meanwhile, or somebody began with another request
 		t, err = tn.catalog.TenantByName(ctx, name)
+		if err == nil && t.State == StateProvisioning {
+			err = hinted(ErrTenantNotReady, "a Create of it with more than its name is unfinished: call that again, with Config.SingleTenant off")
+		}
 	}
-	return t.ID, err
+	if err != nil {
+		return fail(err)
+	}
+	return t.ID, nil
 }
 
 // verifyServers registers Config.Server if no server is known and checks those with a
@@ -320,7 +332,7 @@ func (tn *Tenancy) Shutdown(ctx context.Context) error {
 	if tn.view != nil {
 		errs = append(errs, tn.view.close(ctx))
 	}
-	errs = append(errs, closePool(ctx, tn.primary.pool, "primary"))
+	errs = append(errs, closePool(ctx, tn.primary.pool, "primary"), closePool(ctx, tn.primary.follow, "primary"))
 	tn.endErr = errors.Join(errs...)
 	return tn.endErr
 }

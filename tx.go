@@ -2,6 +2,7 @@ package tenancy
 
 import (
 	"context"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -13,8 +14,9 @@ import (
 // Conn and LargeObjects are pgx's own: what they return takes contexts that cannot be looked at.
 type guardedTx struct {
 	pgx.Tx
-	pool *tenantPool // whose it is; nil: the host's, which has no tenant to guard
-	c    checkout    // given back at the end; empty in a savepoint
+	pool  *tenantPool // whose it is; nil: the host's, which has no tenant to guard
+	visit *Visit      // in which it was begun; nil: none
+	c     checkout    // given back at the end; empty in a savepoint
 }
 
 // tenant is 0 for the host's.
@@ -25,10 +27,25 @@ func (t *guardedTx) tenant() ID {
 	return t.pool.tenant.ID
 }
 
-// admit refuses the context of another tenant or realm. A context without a tenant is admitted:
+func visitOf(ctx context.Context) *Visit {
+	if s := sessionOf(ctx); s != nil {
+		return s.visit
+	}
+	return nil
+}
+
+// admit refuses the context of another tenant or realm, of a switch, and any after the visit's end. A context without a tenant is admitted:
 // the transaction itself says whose it is, and context.Background() is a habit in clean-up.
 func (t *guardedTx) admit(ctx context.Context) error {
 	s := sessionOf(ctx)
+	if s != nil && s.refused {
+		return &Error{Op: "transaction", Tenant: t.tenant(), Err: errSwitchInTx}
+	}
+	if t.visit != nil {
+		if err := t.visit.over(time.Now()); err != nil {
+			return &Error{Op: "transaction", Tenant: t.tenant(), Err: err}
+		}
+	}
 	if t.pool == nil || s == nil || s.tenant == nil {
 		return nil
 	}
@@ -71,7 +88,7 @@ func (t *guardedTx) Begin(ctx context.Context) (pgx.Tx, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &guardedTx{Tx: inner, pool: t.pool}, nil
+	return &guardedTx{Tx: inner, pool: t.pool, visit: t.visit}, nil
 }
 
 func (t *guardedTx) Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error) {

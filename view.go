@@ -19,6 +19,7 @@ type view struct {
 	store   Store  // Config.Store; nil: the primary
 	share   *share // nil: this node serves every tenant
 	records *lookup[ID, *record]
+	stored  *lookup[ID, *record] // records with the store's word; nil without a store
 	names   *lookup[string, ID]
 	domains *lookup[string, ID]
 	users   *lookup[UserKey, []*member]
@@ -34,14 +35,14 @@ type view struct {
 
 // record is one tenant as the catalog last told it: immutable but for checked, and replaced as a whole.
 type record struct {
+	checked uint64 // atomic, and first so that it is aligned on 32 bits too: view.changes, one more, when this record was last looked up
+
 	tenant     Tenant
 	message    string
 	retryAfter time.Duration
 	source     DataSource // how to reach its data, with the password
 	sourceErr  error      // why source is unusable: this tenant is refused, the others are not
 	elsewhere  *share     // who knows the nodes that serve it; nil: this one does
-
-	checked uint64 // atomic: view.changes, one more, when this record was last looked up
 }
 
 // Format keeps the login inside from being printed by a stray %+v.
@@ -68,11 +69,28 @@ func newView(primary *primaryDB, store Store, cfg Config) (*view, error) {
 	v.names, errs[1] = newLookup(bounds, v.loadName)
 	v.domains, errs[2] = newLookup(bounds, v.loadDomain)
 	v.users, errs[3] = newLookup(bounds, v.loadUser)
+	if store != nil {
+		var err error
+		v.stored, err = newLookup(bounds, v.loadStored)
+		return v, errors.Join(append(errs[:], err)...)
+	}
 	return v, errors.Join(errs[:]...)
 }
 
+// tenants returns where records are looked up.
+func (v *view) tenants() *lookup[ID, *record] {
+	if v.stored != nil {
+		return v.stored
+	}
+	return v.records
+}
+
 func (v *view) close(ctx context.Context) error {
-	return errors.Join(v.records.close(ctx), v.names.close(ctx), v.domains.close(ctx), v.users.close(ctx))
+	var err error
+	if v.stored != nil { // first: it loads from the records
+		err = v.stored.close(ctx)
+	}
+	return errors.Join(err, v.records.close(ctx), v.names.close(ctx), v.domains.close(ctx), v.users.close(ctx))
 }
 
 // record returns what is known of the tenant. Unknown is ErrTenantNotFound, an unreachable
@@ -82,7 +100,7 @@ func (v *view) record(ctx context.Context, id ID) (*record, error) {
 		return nil, errStale
 	}
 	now := v.changes.Load() + 1 // before the look-up: what changes meanwhile is not in it
-	r, found, err := v.records.get(ctx, id)
+	r, found, err := v.tenants().get(ctx, id)
 	if err != nil {
 		return nil, lookupFailure(ctx, err)
 	}
@@ -130,15 +148,30 @@ var errStale = &Error{Op: "look up", RetryAfter: primaryRetryAfter,
 // forgetEverything is the answer to every doubt: a hole in the feed, a restored primary, a cut connection.
 func (v *view) forgetEverything() {
 	v.records.forgetAll()
+	if v.stored != nil {
+		v.stored.forgetAll()
+	}
 	v.names.forgetAll()
 	v.domains.forgetAll()
 	v.users.forgetAll()
 	v.changes.Add(1) // after the forgetting: who reads the new count finds the old records gone
 }
 
+// forgetStore forgets what Config.Store has answered, and keeps what the primary has.
+func (v *view) forgetStore() {
+	v.stored.forgetAll()
+	v.names.forgetAll()
+	v.domains.forgetAll()
+	v.users.forgetAll()
+	v.changes.Add(1)
+}
+
 // forgetTenant forgets one tenant, and every name and every answer "unknown": the change may be a rename or a birth.
 func (v *view) forgetTenant(id ID) {
 	v.records.forget(id)
+	if v.stored != nil {
+		v.stored.forget(id)
+	}
 	v.names.forgetAll()
 	v.changes.Add(1) // after the forgetting: who reads the new count finds the old record gone
 }
@@ -189,7 +222,7 @@ func (v *view) find(ctx context.Context, h Hint) (id ID, err error) {
 		if n == 0 {
 			return 0, nil
 		}
-		_, found, e := v.records.get(ctx, n)
+		_, found, e := v.tenants().get(ctx, n)
 		if err = e; found {
 			id = n
 		}
@@ -214,10 +247,23 @@ func (v *view) loadRecord(ctx context.Context, id ID) (*record, bool, error) {
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, false, nil
 	}
-	if err == nil && v.store != nil {
-		err = r.heed(v.store.Tenant(ctx, id))
-	}
 	if err != nil {
+		return nil, false, err
+	}
+	if !v.share.has(r.tenant.Name) {
+		r.elsewhere = v.share
+	}
+	return r, true, nil
+}
+
+// loadStored reads what the store says of a tenant, over what is known of it from the primary.
+func (v *view) loadStored(ctx context.Context, id ID) (*record, bool, error) {
+	known, found, err := v.records.get(ctx, id)
+	if err != nil || !found {
+		return nil, false, err
+	}
+	r := &record{tenant: known.tenant, message: known.message, retryAfter: known.retryAfter, source: known.source, sourceErr: known.sourceErr}
+	if err := r.heed(v.store.Tenant(ctx, id)); err != nil {
 		return nil, false, err
 	}
 	if !v.share.has(r.tenant.Name) {
@@ -251,7 +297,8 @@ func (v *view) loadID(ctx context.Context, sql, key string) (ID, bool, error) {
 
 func (v *view) loadUser(ctx context.Context, key UserKey) ([]*member, bool, error) {
 	if v.store != nil {
-		return membersOf(v.store.TenantsOf(ctx, key))
+		list, err := v.store.TenantsOf(ctx, key)
+		return membersOf(key, list, err)
 	}
 	rows, _ := v.primary.pool.Query(ctx, `SELECT tenant, role, is_default FROM tenancy.memberships WHERE user_key = $1 ORDER BY tenant`, key)
 	members, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (*member, error) {

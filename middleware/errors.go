@@ -12,6 +12,9 @@ import (
 // ErrUnauthenticated: the request needs a user, and gave no credentials or wrong ones.
 var ErrUnauthenticated = errors.New("tenancy/middleware: not authenticated")
 
+// errMisdirected is [tenancy.ErrNotServed] as Middleware.Tenant meets it: no handler has run, and the request may be sent to another node.
+var errMisdirected = errors.New("tenancy/middleware: the request is for another node")
+
 // statusClientGone is what nginx logs for a caller who hung up. Nobody receives it; in an
 // access log it is no failure of the service, which a 5xx would be.
 const statusClientGone = 499
@@ -33,6 +36,8 @@ type answer struct {
 // answers are tried in order. Those that mean "could not find out" come first: an error can match a refusal as well,
 // and a refusal that was never established must not be claimed.
 var answers = []answer{
+	{class: errMisdirected, status: http.StatusMisdirectedRequest, name: "not-served",
+		detail: "This node does not serve the tenant."},
 	{class: tenancy.ErrPrimaryUnavailable, status: http.StatusServiceUnavailable, name: "unavailable",
 		detail: "The service cannot look the tenant up at the moment.", retry: 2 * time.Second},
 	{class: tenancy.ErrTenantUnavailable, status: http.StatusServiceUnavailable, name: "tenant-unavailable",
@@ -59,8 +64,9 @@ var answers = []answer{
 	{class: tenancy.ErrTenantNotReady, status: http.StatusServiceUnavailable, name: "tenant-not-ready", title: "Tenant is being set up",
 		retry: time.Second, members: true},
 	{class: tenancy.ErrTenantNotFound, status: http.StatusNotFound, name: "tenant-not-found", title: "No such tenant"},
-	{class: tenancy.ErrNotServed, status: http.StatusMisdirectedRequest, name: "not-served",
-		detail: "This node does not serve the tenant."},
+	// Not 421: a handler met it, after work that a balancer must not repeat elsewhere.
+	{class: tenancy.ErrNotServed, status: http.StatusServiceUnavailable, name: "tenant-unavailable",
+		detail: "This node does not serve the tenant.", retry: time.Second},
 	// The reason can repeat what the request said, which belongs into the log.
 	{class: tenancy.ErrInvalid, status: http.StatusBadRequest,
 		detail: "The request names its user or tenant in a form that is not accepted."},

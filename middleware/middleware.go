@@ -93,6 +93,9 @@ func (m *Middleware) Tenant(next http.Handler) http.Handler {
 			return
 		}
 		ctx, err := m.tn.Resolve(r.Context(), q)
+		if errors.Is(err, tenancy.ErrNotServed) {
+			err = fmt.Errorf("%w: %w", errMisdirected, err)
+		}
 		if err != nil {
 			m.Error(w, r, err)
 			return
@@ -163,12 +166,11 @@ func inTenant(s tenancy.Session) bool {
 	return ok
 }
 
-// require asks who the caller is before it asks for what: without a session it is the service's mistake.
+// require asks who the caller is before it asks for what: without a session of this primary it is the service's mistake.
 func (m *Middleware) require(next http.Handler, may func(tenancy.Session) bool) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch s, ok := tenancy.FromContext(r.Context()); {
-		case !ok:
-			_, err := tenancy.TenantFrom(r.Context())
+		switch s, err := m.tn.Session(r.Context()); {
+		case err != nil:
 			m.Error(w, r, err)
 		case s.User() == "":
 			m.Error(w, r, ErrUnauthenticated)

@@ -32,7 +32,7 @@ type Problem struct {
 //	404  [tenancy.ErrTenantNotFound], and for anonymous callers every tenant that is out of service
 //	409  [tenancy.ErrAmbiguousTenant], with the user's choices
 //	410  [tenancy.ErrTenantGone]
-//	421  [tenancy.ErrNotServed], with the nodes that serve the tenant
+//	421  [tenancy.ErrNotServed] from [Middleware.Tenant], with the nodes that serve the tenant; 503 where a handler meets it
 //	400  [tenancy.ErrInvalid]
 //	503  [tenancy.ErrTenantMaintenance], [tenancy.ErrTenantNotReady], [tenancy.ErrPrimaryUnavailable],
 //	     [tenancy.ErrTenantUnavailable], a session that the server ended (57P01 to 57P03), [tenancy.ErrClosed], a deadline: with Retry-After
@@ -57,7 +57,7 @@ func ProblemOf(r *http.Request, err error) Problem {
 			p.Tenants = append(p.Tenants, t.Name)
 		}
 	}
-	if e, ok := errors.AsType[*tenancy.NotServedError](err); ok && a.class == tenancy.ErrNotServed {
+	if e, ok := errors.AsType[*tenancy.NotServedError](err); ok && a.class == errMisdirected {
 		p.Nodes = e.Nodes
 	}
 	return p

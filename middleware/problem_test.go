@@ -35,7 +35,7 @@ func TestEveryClassOfErrorHasItsStatus(t *testing.T) {
 		{"gone", op(tenancy.Error{Err: tenancy.ErrTenantGone}), 410, "tenant-gone", "", ""},
 		{"not_ready", tenancy.ErrTenantNotReady, 503, "tenant-not-ready", "1", ""},
 		{"not_found", tenancy.ErrTenantNotFound, 404, "tenant-not-found", "", ""},
-		{"not_served", tenancy.ErrNotServed, 421, "not-served", "", ""},
+		{"not_served_in_a_handler", tenancy.ErrNotServed, 503, "tenant-unavailable", "1", ""},
 		{"primary_unavailable", op(tenancy.Error{Err: fmt.Errorf("%w: %s", tenancy.ErrPrimaryUnavailable, secret), RetryAfter: 3 * time.Second}), 503, "unavailable", "3", ""},
 		{"closed", tenancy.ErrClosed, 503, "unavailable", "1", ""},
 		{"invalid", fmt.Errorf("%w: %s", tenancy.ErrInvalid, secret), 400, "", "", ""},
