@@ -50,7 +50,7 @@ type Config struct {
 	// refuses one that has others: their users would all be in it. Default: off.
 	SingleTenant string
 	// OnlyTenants names the tenants that this node serves. Every other one is refused with a [*NotServedError], and no pool is opened
-	// and no job run for it here. Names follow renames. Default: all.
+	// and no job run for it here. A tenant that is renamed is served where its new name is listed. Default: all.
 	OnlyTenants []string
 	// NodeAddress is where the callers of this node's tenants are sent by nodes that do not serve them, such as
 	// "10.0.0.7:8080". It is shown to callers. Default: none, and this node is not named.

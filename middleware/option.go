@@ -45,8 +45,8 @@ func WithContributors(cs ...Contributor) Option {
 	}
 }
 
-// WithExempt sets which requests pass [Middleware.Tenant] unresolved, such as a health check under a router-wide Use. They carry no
-// session: the database refuses them, and so does a guard behind. Default: none.
+// WithExempt sets which requests pass [Middleware.Tenant] unresolved, such as a health check under a router-wide Use. They get no
+// session here: the database refuses them, and so does a guard behind, unless an outer middleware gave them one. Default: none.
 func WithExempt(fn func(r *http.Request) bool) Option {
 	return func(o *options) error {
 		if fn == nil {
