@@ -284,10 +284,6 @@ func (f *feed) revise(ctx context.Context, id ID) {
 	}
 }
 
-func isUnavailable(err error) bool {
-	return errors.Is(err, ErrPrimaryUnavailable) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
-}
-
 // report tells the primary which change this node has applied, which fences wait for.
 func (f *feed) report(ctx context.Context) error {
 	cfg, pool := f.tn.cfg, f.tn.primary.follow
