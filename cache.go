@@ -64,7 +64,7 @@ func (c *Cache[K, V]) Get(ctx context.Context, key K, load func(ctx context.Cont
 		return none, err
 	}
 	v, _, err := c.entries.getWith(ctx, cacheKey[K]{r.tenant.ID, r.tenant.Generation, key}, func(ctx context.Context, k cacheKey[K]) (V, bool, error) {
-		v, err := load(withSession(ctx, Session{tenant: &r.tenant, record: r, source: "cache"}), k.key)
+		v, err := load(withSession(ctx, Session{tenant: &r.tenant, record: r, source: "cache", realm: r.tenant.realm, work: true}), k.key)
 		return v, err == nil, err
 	})
 	c.tn.logPanic(r.tenant, err)

@@ -302,6 +302,24 @@ func TestASessionIsGoodForItsPrimaryAlone(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	cache, err := tenancy.NewCache[string, string](a, tenancy.CacheConfig{Size: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	registry, err := tenancy.NewRegistry(a, tenancy.RegistryConfig[string]{Build: func(ctx context.Context, _ tenancy.Tenant) (string, error) {
+		return "", errors.Join(second(a.Session(ctx)), a.Check(ctx))
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cache.Get(one, "", func(ctx context.Context, _ string) (string, error) {
+		return "", errors.Join(second(a.Session(ctx)), a.Check(ctx))
+	}); err != nil {
+		t.Errorf("a session of a cache's load: %v", err)
+	}
+	if err := registry.Use(one, func(string) error { return nil }); err != nil {
+		t.Errorf("a session of a registry's build: %v", err)
+	}
 	err = a.DB().InTx(one, pgx.TxOptions{}, func(ctx context.Context, tx pgx.Tx) error {
 		wantError(t, second(tx.Exec(tenancy.AsHost(ctx), `SELECT 1`)), tenancy.ErrTenantMismatch, "a transaction is open")
 		return second(b.Enter(ctx, 1))

@@ -28,7 +28,7 @@ type built[T any] struct {
 }
 
 func (b built[T]) session() Session {
-	return Session{tenant: &b.record.tenant, record: b.record, source: "registry"}
+	return Session{tenant: &b.record.tenant, record: b.record, source: "registry", realm: b.record.tenant.realm, work: true}
 }
 
 // RegistryConfig says how a Registry's values live.
