@@ -45,7 +45,7 @@ type follower interface {
 
 const (
 	changesAtOnce = 1000            // more than these are not applied one by one
-	reportPeriod  = time.Second     // how often a node without news says that it is there
+	reportPeriod  = time.Second / 2 // the least time between two reports without news: each tick of the default poll brings one
 	nodeSilence   = 5 * time.Second // a node that has been silent for so long is not waited for
 	listenPing    = 5 * time.Second
 	syncTimeout   = 3 * time.Second // of one reading and its application; others wait for it

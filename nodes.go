@@ -12,8 +12,9 @@ import (
 
 // share is which tenants this node serves, when it does not serve all, and where the others are.
 type share struct {
-	only  []string // names
-	nodes atomic.Pointer[[]node]
+	only    []string // names
+	address string   // this node's own: what is said of it is older than we are
+	nodes   atomic.Pointer[[]node]
 }
 
 // node is another process of the service that takes callers.
@@ -41,7 +42,7 @@ func (s *share) elsewhere(name string) (addresses []string) {
 
 // read asks the primary which nodes take callers. One that has been silent for a while takes none.
 func (s *share) read(ctx context.Context, q querier) error {
-	rows, _ := q.Query(ctx, `SELECT address, serves FROM tenancy.nodes WHERE address <> '' AND seen > now() - $1::interval ORDER BY address`, nodeSilence.String())
+	rows, _ := q.Query(ctx, `SELECT address, serves FROM tenancy.nodes WHERE address <> '' AND address <> $2 AND seen > now() - $1::interval ORDER BY address`, nodeSilence.String(), s.address)
 	nodes, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (n node, err error) {
 		return n, row.Scan(&n.address, &n.serves)
 	})

@@ -404,7 +404,7 @@ func TestTheJobOfANodeLeavesTheTenantsOfOthersAlone(t *testing.T) {
 // TestTheJobFinishesForANodeThatDied is the end of the minute, and the node that serves all.
 func TestTheJobFinishesForANodeThatDied(t *testing.T) {
 	t.Parallel()
-	for name, only := range map[string][]string{"another_tenants_node": {"acme"}, "node_of_all": nil} {
+	for name, only := range map[string][]string{"another_tenants_node": {"acme"}, "node_of_all": nil, "node_of_an_empty_list": {}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			f, tn, _, globex := twoTenants(t, tenancy.Config{})
@@ -414,7 +414,7 @@ func TestTheJobFinishesForANodeThatDied(t *testing.T) {
 				t.Fatal(err)
 			}
 			silence := "61 s" // a node of all finishes anything at any time
-			if only == nil {
+			if len(only) == 0 {
 				silence = "1 s"
 			}
 			must(t, primary, `INSERT INTO tenancy.nodes (id, name, epoch, serves, seen) SELECT gen_random_uuid(), 'dead', epoch + 1000, '{globex}', now() - $1::interval FROM tenancy.epoch`, silence)
@@ -526,6 +526,41 @@ func TestAnEmptyListOfTenantsIsNone(t *testing.T) {
 		t.Error(err)
 	}
 	_, err := f.Open(t, tenancy.Config{OnlyTenants: []string{"acme"}}).Resolve(t.Context(), tenancy.Query{User: "bob@globex.test"})
+	if got := namedBy(t, err, globex.ID); got != "10.0.0.2:80" {
+		t.Errorf("named %q", got)
+	}
+}
+
+func TestAContextOfAnotherNodeIsJudgedHere(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations})
+	node := f.Open(t, tenancy.Config{OnlyTenants: []string{"acme"}})
+	globex := tenancytest.Create(t, tn, "globex")
+	until(t, 3*time.Second, "true", func() string {
+		return fmt.Sprint(errors.Is(second(node.Enter(t.Context(), globex.ID)), tenancy.ErrNotServed))
+	})
+	ctx, err := tn.Enter(t.Context(), globex.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cache, err := tenancy.NewCache[string, string](node, tenancy.CacheConfig{Size: 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = cache.Get(ctx, "key", func(context.Context, string) (string, error) { return "loaded", nil })
+	wantError(t, err, tenancy.ErrNotServed)
+	wantError(t, node.Check(ctx), tenancy.ErrNotServed)
+}
+
+func TestANodeIsNamedOnceAndNeverByItself(t *testing.T) {
+	t.Parallel()
+	f, _, _, globex := twoTenants(t, tenancy.Config{})
+	// A node that died a moment ago, and the one that was started in its place, with another list or the same.
+	must(t, f.Admin(t, "primary"), `INSERT INTO tenancy.nodes (id, name, epoch, serves, address) SELECT gen_random_uuid(), 'before', epoch + 1000, '{globex}', unnest('{10.0.0.1:80,10.0.0.2:80}'::text[]) FROM tenancy.epoch`)
+	f.Open(t, tenancy.Config{OnlyTenants: []string{"globex"}, NodeAddress: "10.0.0.2:80"})
+	node := f.Open(t, tenancy.Config{OnlyTenants: []string{"acme"}, NodeAddress: "10.0.0.1:80"})
+	_, err := node.Resolve(t.Context(), tenancy.Query{User: "bob@globex.test"})
 	if got := namedBy(t, err, globex.ID); got != "10.0.0.2:80" {
 		t.Errorf("named %q", got)
 	}

@@ -121,9 +121,10 @@ func (f *poolFixture) set(id ID, change func(*record)) {
 	f.mu.Lock()
 	var r record
 	if old := f.records[id]; old != nil {
-		r = *old
+		r = record{tenant: old.tenant, message: old.message, retryAfter: old.retryAfter, source: old.source, sourceErr: old.sourceErr} // not checked, which others write
 	}
 	change(&r)
+	r.view = f.tn.view
 	f.records[id] = &r
 	f.mu.Unlock()
 	f.tn.view.records.forget(id)

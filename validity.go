@@ -57,14 +57,14 @@ func (f *feed) check(ctx context.Context) error {
 	return errors.Join(f.tn.catalog.finishFences(ctx), f.tn.catalog.dropUnfinishedPlaces(ctx))
 }
 
-// oursToFinish is the condition on a tenant t for a job of this node's: it serves the tenant, or nobody does. $1 are Config.OnlyTenants, null for all.
+// oursToFinish is the condition on a tenant t for a job of this node's: it serves the tenant, or nobody does. $1 are Config.serves, null for all.
 const oursToFinish = `($1::text[] IS NULL OR t.name = ANY($1) OR NOT EXISTS (SELECT FROM tenancy.nodes n
 	WHERE n.seen > now() - interval '1 minute' AND (n.serves IS NULL OR t.name = ANY(n.serves))))`
 
 // finishFences fences the tenants whose fence was cut off by a crash.
 func (c *Catalog) finishFences(ctx context.Context) error {
 	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT t.id FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
-		WHERE t.state IN ('suspended', 'maintenance', 'deleted') AND t.fenced IS NULL AND s.provisioner IS NOT NULL AND t.updated < now() - interval '30 s' AND `+oursToFinish+` LIMIT 100`, c.tn.cfg.OnlyTenants)
+		WHERE t.state IN ('suspended', 'maintenance', 'deleted') AND t.fenced IS NULL AND s.provisioner IS NOT NULL AND t.updated < now() - interval '30 s' AND `+oursToFinish+` LIMIT 100`, c.tn.cfg.serves())
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[ID])
 	if err != nil {
 		return unavailable("validity", err)
@@ -100,7 +100,7 @@ func (c *Catalog) dropUnfinishedPlaces(ctx context.Context) error {
 	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT d.id FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
 		WHERE d.state = 'intent' AND s.provisioner IS NOT NULL AND d.updated < now() - interval '1 hour'
 		AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)
-		AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.uid = d.uid AND NOT `+oursToFinish+`) LIMIT 100`, c.tn.cfg.OnlyTenants)
+		AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.uid = d.uid AND NOT `+oursToFinish+`) LIMIT 100`, c.tn.cfg.serves())
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[int64])
 	if err != nil {
 		return unavailable("validity", err)

@@ -43,6 +43,7 @@ type record struct {
 	source     DataSource // how to reach its data, with the password
 	sourceErr  error      // why source is unusable: this tenant is refused, the others are not
 	elsewhere  *share     // who knows the nodes that serve it; nil: this one does
+	view       *view      // that looked it up: a context can carry the record of another node
 }
 
 // Format keeps the login inside from being printed by a stray %+v.
@@ -61,7 +62,7 @@ type member struct {
 func newView(primary *primaryDB, store Store, cfg Config) (*view, error) {
 	v := &view{primary: primary, store: store}
 	if len(cfg.OnlyTenants) > 0 {
-		v.share = &share{only: cfg.OnlyTenants}
+		v.share = &share{only: cfg.OnlyTenants, address: cfg.NodeAddress}
 	}
 	bounds := lookupConfig{size: cfg.Lookups.Size, negativeSize: cfg.Lookups.NegativeSize, negativeTTL: cfg.Lookups.NegativeTTL, loadTimeout: cfg.Lookups.Timeout}
 	var errs [4]error
@@ -116,7 +117,7 @@ func (v *view) record(ctx context.Context, id ID) (*record, error) {
 // current reports whether nothing that could concern r was forgotten since it was looked up: two loads, where a look-up is a
 // lock and a move in a list.
 func (v *view) current(r *record) bool {
-	return r != nil && atomic.LoadUint64(&r.checked) == v.changes.Load()+1 && !v.stale.Load()
+	return r != nil && r.view == v && atomic.LoadUint64(&r.checked) == v.changes.Load()+1 && !v.stale.Load()
 }
 
 // recordAt is record for who builds something of the tenant's: it must be served, and not older than who asked knows it.
@@ -250,6 +251,7 @@ func (v *view) loadRecord(ctx context.Context, id ID) (*record, bool, error) {
 	if err != nil {
 		return nil, false, err
 	}
+	r.view = v
 	if !v.share.has(r.tenant.Name) {
 		r.elsewhere = v.share
 	}
@@ -266,6 +268,7 @@ func (v *view) loadStored(ctx context.Context, id ID) (*record, bool, error) {
 	if err := r.heed(v.store.Tenant(ctx, id)); err != nil {
 		return nil, false, err
 	}
+	r.view = v
 	if !v.share.has(r.tenant.Name) {
 		r.elsewhere = v.share
 	}
