@@ -88,7 +88,8 @@ func (c *Catalog) DataSource(ctx context.Context, id ID) (DataSource, error) {
 
 // write runs fn in one transaction of the primary, then waits until this node has applied what it changed.
 func (c *Catalog) write(ctx context.Context, op string, id ID, fn func(tx pgx.Tx) error) error {
-	if err := visitOver(ctx); err != nil {
+	ctx, err := begin(ctx)
+	if err != nil {
 		return &Error{Op: op, Tenant: id, Err: err}
 	}
 	if err := c.tn.primary.transact(ctx, fn); err != nil {
@@ -147,6 +148,9 @@ func newUID() UID {
 func (c *Catalog) Rename(ctx context.Context, id ID, name string) error {
 	if err := ident.Slug(name); err != nil {
 		return &Error{Op: "rename", Tenant: id, Err: invalid(fmt.Errorf("name: %w", err))}
+	}
+	if single := c.tn.cfg.SingleTenant; single != "" && name != single {
+		return &Error{Op: "rename", Tenant: id, Err: invalid(fmt.Errorf("Config.SingleTenant is %q: the next start would not find it", single))}
 	}
 	return c.write(ctx, "rename", id, func(tx pgx.Tx) error {
 		if _, err := lockRow(ctx, tx, id); err != nil {

@@ -15,6 +15,9 @@ import (
 // The error is [ErrWrongKey], which names the record that no key of the ring opens, or [ErrPrimaryUnavailable].
 func (c *Catalog) RotateKeys(ctx context.Context) (sealed int, err error) {
 	const op = "rotate keys"
+	if ctx, err = begin(ctx); err != nil {
+		return 0, &Error{Op: op, Err: err}
+	}
 	p := c.tn.primary
 	for _, column := range []struct{ name, list, update string }{
 		{"sentinel", `SELECT 1::bigint, realm, sentinel FROM tenancy.realm`,

@@ -21,6 +21,10 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 	if c.tn.migrations.empty() {
 		return fail(errNoMigrations)
 	}
+	ctx, err := begin(ctx)
+	if err != nil {
+		return fail(err)
+	}
 	uid := newUID()
 	if id != 0 {
 		held, release, err := c.tn.primary.lockTenant(ctx, id)
@@ -39,7 +43,7 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 		uid = t.UID
 	}
 	var source int64
-	err := pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) (err error) {
+	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) (err error) {
 		if source, err = c.intendPlace(ctx, tx, uid, server); err != nil {
 			return err
 		}

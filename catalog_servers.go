@@ -49,6 +49,9 @@ func (c *Catalog) AddServer(ctx context.Context, s ServerConfig) error {
 	if err != nil {
 		return err
 	}
+	if ctx, err = begin(ctx); err != nil {
+		return &Error{Op: "add server", Err: err}
+	}
 	if err := c.tn.primary.sameProvisioner(ctx, d); err != nil {
 		return err
 	}

@@ -44,6 +44,9 @@ func (c *Catalog) SyncMembers(ctx context.Context, source string, set []Membersh
 	if err != nil {
 		return Synced{}, &Error{Op: op, Tenant: at, Err: invalid(err)}
 	}
+	if ctx, err = begin(ctx); err != nil {
+		return Synced{}, &Error{Op: op, Err: err}
+	}
 	var d difference
 	err = c.tn.primary.transact(ctx, func(tx pgx.Tx) (err error) {
 		// The locks, in the order of all verbs: tenants' rows, by ID; users or, here, the table that they guard; the epoch.

@@ -93,6 +93,13 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 	if c.tn.migrations.empty() {
 		return fail(0, errNoMigrations)
 	}
+	if single := c.tn.cfg.SingleTenant; single != "" && n.Name != single {
+		return fail(0, invalid(fmt.Errorf("Config.SingleTenant is %q: there is no other", single)))
+	}
+	ctx, err := begin(ctx)
+	if err != nil {
+		return fail(0, err)
+	}
 	id, err := c.declare(ctx, &n)
 	if err != nil {
 		return fail(id, err)

@@ -251,6 +251,9 @@ func (db *TenantAwareDB) checkoutHost(ctx context.Context, op string) (checkout,
 	if s := sessionOf(ctx); s != nil && s.refused {
 		return checkout{}, &Error{Op: op, Name: "host", Err: errSwitchInTx}
 	}
+	if err := visitOver(ctx); err != nil {
+		return checkout{}, &Error{Op: op, Name: "host", Err: err}
+	}
 	if db.tn.hostPool == nil {
 		return checkout{}, hinted(ErrNoHostData, "set Config.HostURL")
 	}

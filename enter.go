@@ -37,7 +37,10 @@ func (tn *Tenancy) enter(ctx context.Context, op string, id ID) (*record, error)
 	if tn.closing.Load() {
 		return nil, &Error{Op: op, Tenant: id, Err: ErrClosed}
 	}
-	if err := errors.Join(tn.refuseSwitch(ctx, id), visitOver(ctx)); err != nil {
+	if err := tn.refuseSwitch(ctx, id); err != nil {
+		return nil, &Error{Op: op, Tenant: id, Err: err}
+	}
+	if err := visitOver(ctx); err != nil {
 		return nil, &Error{Op: op, Tenant: id, Err: err}
 	}
 	r, err := tn.view.record(ctx, id)
@@ -110,6 +113,21 @@ func (tn *Tenancy) Impersonate(ctx context.Context, id ID, v Visit) (context.Con
 	return withSession(ctx, Session{user: from.user, manager: true, role: v.Role, source: op, tenant: &r.tenant, record: r, visit: &v, realm: tn.realm}), nil
 }
 
+// begin refuses a verb of the catalog after the end of a visit. One that has begun in time is not cut off in the middle of its steps.
+func begin(ctx context.Context) (context.Context, error) {
+	s := sessionOf(ctx)
+	if s == nil || s.visit == nil {
+		return ctx, nil
+	}
+	if err := s.visit.over(time.Now()); err != nil {
+		return nil, err
+	}
+	begun, visit := *s, *s.visit
+	visit.Until = time.Time{}
+	begun.visit = &visit
+	return withSession(ctx, begun), nil
+}
+
 // visitOver refuses what a visit's context asks for after its end.
 func visitOver(ctx context.Context) error {
 	if s := sessionOf(ctx); s != nil {
@@ -118,9 +136,9 @@ func visitOver(ctx context.Context) error {
 	return nil
 }
 
-// over refuses a visit whose time has come; nil is no visit.
+// over refuses a visit whose time has come; nil is no visit, and without an end it is one whose verb has begun.
 func (v *Visit) over(now time.Time) error {
-	if v == nil || now.Before(v.Until) {
+	if v == nil || v.Until.IsZero() || now.Before(v.Until) {
 		return nil
 	}
 	return hinted(ErrForbidden, "the visit ended at %s", v.Until.UTC().Format(time.RFC3339))
@@ -133,11 +151,13 @@ func (v *Visit) over(now time.Time) error {
 // served. A session of [Tenancy.Enter], or of a guest, needs the last alone; one without a tenant is allowed for ever, unless it was a host user's who is none any more.
 //
 // The error is [ErrForbidden], a state of the tenant as in [Tenancy.Resolve], [ErrPrimaryUnavailable] (nobody knows; the stream can wait or end),
-// [ErrNoTenant] when ctx has no session, or [ErrClosed].
+// [ErrNoTenant] when ctx has no session, [ErrClosed], or ctx.Err() when ctx has ended.
 func (tn *Tenancy) Check(ctx context.Context) error {
 	const op = "check"
 	s := sessionOf(ctx)
 	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
 	case tn.closing.Load():
 		return &Error{Op: op, Err: ErrClosed}
 	case s == nil:

@@ -235,8 +235,13 @@ func TestAHostManagerVisitsATenantOnTheRecord(t *testing.T) {
 	if err := tx.Rollback(t.Context()); err != nil {
 		t.Errorf("its end: %v", err)
 	}
+	if n := scan[int](t, primary, `SELECT count(*) FROM tenancy.tenants WHERE name = 'late'`); n != 0 {
+		t.Error("a tenant was begun after the visit")
+	}
 	for _, err := range []error{second(tn.DB().Exec(entered, `SELECT 1`)), tn.Check(entered), second(tn.Enter(ctx, acme.ID)), second(tn.Session(ctx)),
 		tn.Catalog().AddMember(ctx, tenancy.Membership{User: "late", Tenant: acme.ID}), tn.Catalog().Suspend(ctx, acme.ID, tenancy.Suspension{}),
+		second(tn.Catalog().Create(ctx, tenancy.NewTenant{Name: "late"})), second(tn.Catalog().Prepare(ctx, 0, "")), second(tn.Catalog().RotateKeys(ctx)),
+		second(tn.Catalog().SyncMembers(ctx, "ldap", []tenancy.Membership{{User: "late", Tenant: globex.ID}})), second(tn.Host().Exec(ctx, `SELECT 1`)),
 		second(tn.DB().Exec(ctx, `SELECT 1`)), second(tn.DB().Exec(tenancy.Detach(ctx), `SELECT 1`)), tn.Check(ctx)} {
 		wantError(t, err, tenancy.ErrForbidden, "the visit ended")
 	}
@@ -366,6 +371,9 @@ func TestAStreamEndsWithItsMembership(t *testing.T) {
 		}
 	}
 	wantError(t, tn.Check(t.Context()), tenancy.ErrNoTenant, "no session")
+	left, leave := context.WithCancel(carol)
+	leave()
+	wantError(t, tn.Check(left), context.Canceled) // a stream whose reader is gone
 	loads := tenancy.UserLoads(tn)
 	for range 1000 {
 		if err := tn.Check(carol); err != nil {

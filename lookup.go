@@ -269,6 +269,8 @@ func (l *lookup[K, V]) join(ctx context.Context, key K, load loader[K, V]) (*fli
 		} else {
 			f.place = l.line.PushBack(f)
 		}
+	} else if late := time.Now().Add(l.cfg.loadTimeout / 4); f.place != nil && f.end.Before(late) {
+		f.end = f.end.Add(l.cfg.loadTimeout) // it has not begun, and who comes last would have no time at all
 	}
 	f.waiters++
 	return f, nil

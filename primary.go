@@ -18,7 +18,7 @@ import (
 // primaryDB is the primary database with the catalog login: the pool, the realm and the keys.
 type primaryDB struct {
 	pool   *pgxpool.Pool
-	follow *pgxpool.Pool   // the feed's one connection: look-ups that hang must not keep it from hearing the primary
+	follow *pgxpool.Pool   // the feed's: look-ups that hang must not keep it from hearing the primary
 	direct *pgx.ConnConfig // past any pooler
 	keys   Keyring
 	realm  realm
@@ -57,7 +57,7 @@ func openPrimary(ctx context.Context, cfg Config) (*primaryDB, error) {
 		return nil, unavailable("open the primary", err)
 	}
 	fc := pc.Copy()
-	fc.MaxConns = 1
+	fc.MaxConns = 2 // one, and another while pgx waits for a broken one to end
 	follow, err := pgxpool.NewWithConfig(ctx, fc)
 	if err != nil {
 		pool.Close()
@@ -296,7 +296,7 @@ func audit(ctx context.Context, tx pgx.Tx, action string, tenant ID, detail map[
 //
 // The returned context ends when the lock is lost: what goes on then could meet another node's work on the same tenant.
 func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
-	if err := visitOver(ctx); err != nil {
+	if ctx, err = begin(ctx); err != nil {
 		return nil, nil, err
 	}
 	conn, err := pgx.ConnectConfig(ctx, p.direct)

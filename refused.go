@@ -25,6 +25,7 @@ type refusedHints struct {
 	mu      sync.Mutex // guards the fields below
 	dropped int        // not recorded, for want of room or of the primary
 	failed  error      // why, the last time
+	busiest UserKey    // whose, the last time
 	closed  bool
 }
 
@@ -56,7 +57,8 @@ type refusedKey struct {
 const (
 	refusedQueue   = 1024
 	refusedPeriod  = time.Minute
-	refusedQueries = 4096 // that are looked into in a period, each once
+	refusedQueries = 8192 // that are looked into in a period, each once
+	refusedPerUser = 512  // of these: one who makes up names must not hide another
 	refusedClose   = time.Second
 )
 
@@ -88,6 +90,7 @@ func (r *refusedHints) note(q Query) {
 	case r.queue <- refusedQuery{q.User, kept}:
 	default:
 		r.dropped++
+		r.busiest = q.User
 	}
 }
 
@@ -104,10 +107,11 @@ func (r *refusedHints) close(ctx context.Context) {
 	defer context.AfterFunc(ctx, r.stop)()
 	r.done.Wait()
 	r.stop()
+	r.tell()
 }
 
 func (r *refusedHints) write(ctx context.Context) {
-	seen, asked := map[refusedKey]struct{}{}, map[uint64]struct{}{}
+	seen, asked, of := map[refusedKey]struct{}{}, map[uint64]struct{}{}, map[UserKey]int{}
 	period := time.NewTicker(refusedPeriod)
 	defer period.Stop()
 	for {
@@ -120,32 +124,35 @@ func (r *refusedHints) write(ctx context.Context) {
 			if _, before := asked[id]; before {
 				continue
 			}
-			if len(asked) >= refusedQueries {
-				r.drop(nil)
+			if len(asked) >= refusedQueries || of[q.user] >= refusedPerUser {
+				r.drop(q.user, nil)
 				continue
 			}
 			asked[id] = struct{}{}
+			of[q.user]++
 			for key, why := range r.foreign(ctx, q) {
 				if _, told := seen[key]; told {
 					continue
 				}
 				seen[key] = struct{}{}
 				if err := r.record(ctx, key, why); err != nil {
-					r.drop(err)
+					r.drop(key.user, err)
 				}
 			}
 		case <-period.C:
 			clear(seen)
 			clear(asked)
+			clear(of)
 			r.tell()
 		}
 	}
 }
 
-func (r *refusedHints) drop(err error) {
+func (r *refusedHints) drop(user UserKey, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.dropped++
+	r.busiest = user
 	if err != nil {
 		r.failed = err
 	}
@@ -154,11 +161,11 @@ func (r *refusedHints) drop(err error) {
 // tell logs once a period what was not recorded.
 func (r *refusedHints) tell() {
 	r.mu.Lock()
-	dropped, err := r.dropped, r.failed
+	dropped, user, err := r.dropped, r.busiest, r.failed
 	r.dropped, r.failed = 0, nil
 	r.mu.Unlock()
 	if dropped > 0 {
-		r.log.Warn("tenancy: more hints were refused than the audit trail takes", "not_recorded", dropped, "error", withoutSecrets(err))
+		r.log.Warn("tenancy: more hints were refused than the audit trail takes", "not_recorded", dropped, "last_user", user, "error", withoutSecrets(err))
 	}
 }
 
@@ -167,14 +174,14 @@ func (r *refusedHints) tell() {
 func (r *refusedHints) foreign(ctx context.Context, q refusedQuery) map[refusedKey]string {
 	members, _, err := r.tn.view.users.get(ctx, q.user)
 	if err != nil {
-		r.drop(err)
+		r.drop(q.user, err)
 		return nil
 	}
 	found, own, mine := map[refusedKey]string{}, map[refusedKey]string{}, map[ID]bool{}
 	for _, h := range q.hints {
 		id, err := r.tn.view.find(ctx, h)
 		if err != nil {
-			r.drop(err)
+			r.drop(q.user, err)
 			continue
 		}
 		key := refusedKey{q.user, id, h.Source}

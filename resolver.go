@@ -91,7 +91,7 @@ func (e *AmbiguousError) Unwrap() error { return ErrAmbiguousTenant }
 //     none is the host for a host manager and [ErrForbidden] for everyone else.
 //   - A user with hints gets the hinted tenant, if a member; hints that disagree, a foreign and a missing tenant are all
 //     ErrForbidden. For names and IDs they are the same work too. Where the tenant exists, the audit trail says who tried.
-//   - An anonymous caller gets the tenant that a Place names, or a host session when none does. An unknown, suspended or deleted one,
+//   - An anonymous caller gets the tenant that a Place names, or a session without a tenant when none does ([Anonymous]). An unknown, suspended or deleted one,
 //     and two places that disagree, are [ErrTenantNotFound].
 //
 // For members a tenant that is out of service is [ErrTenantSuspended], [ErrTenantMaintenance], [ErrTenantGone] or
@@ -292,23 +292,29 @@ func (r *defaultResolver) own(ctx context.Context, h Hint, members []*member) (*
 	return belonging(members, id), nil
 }
 
+// named returns the membership in the tenant of a name. Those that are at hand come first: a look-up that hangs for one of the user's
+// tenants must not keep the user from another.
 func (r *defaultResolver) named(ctx context.Context, name string, members []*member) (*member, error) {
 	var found *member
-	var unknown error
 	for _, m := range members {
-		rec, err := r.recordOf(ctx, m)
-		switch {
-		case err != nil && !errors.Is(err, ErrTenantNotFound):
-			unknown = err // it may be the one that is meant
-		case err != nil || rec.tenant.Name != name:
-		case found != nil:
-			return nil, fmt.Errorf("tenancy: tenants id %d and id %d have the same name: Config.Store says so", found.tenant, m.tenant)
-		default:
+		if rec := m.record.Load(); r.view.current(rec) && rec.tenant.Name == name {
+			if found != nil { // names are unique in the primary
+				return nil, fmt.Errorf("tenancy: tenants id %d and id %d have the same name: Config.Store says so", found.tenant, m.tenant)
+			}
 			found = m
 		}
 	}
 	if found != nil {
 		return found, nil
+	}
+	var unknown error
+	for _, m := range members {
+		rec, err := r.recordOf(ctx, m)
+		if err != nil && !errors.Is(err, ErrTenantNotFound) {
+			unknown = err // it may be the one that is meant
+		} else if err == nil && rec.tenant.Name == name {
+			return m, nil
+		}
 	}
 	return nil, unknown
 }

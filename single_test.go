@@ -73,7 +73,11 @@ func TestSingleTenantIsEverything(t *testing.T) {
 	if _, err := tenancy.Open(t.Context(), cfg); !errors.Is(err, tenancy.ErrInvalid) {
 		t.Errorf("another name: %v, want ErrInvalid", err)
 	}
-	if err := tn.Catalog().Rename(t.Context(), main.ID, "renamed"); err != nil {
+	// What would end the service at its next start is refused here, and elsewhere found out at that start.
+	wantError(t, tn.Catalog().Rename(t.Context(), main.ID, "renamed"), tenancy.ErrInvalid, "the next start")
+	_, err = tn.Catalog().Create(t.Context(), tenancy.NewTenant{Name: "second"})
+	wantError(t, err, tenancy.ErrInvalid, "there is no other")
+	if err := f.Open(t, tenancy.Config{}).Catalog().Rename(t.Context(), main.ID, "renamed"); err != nil {
 		t.Fatal(err)
 	}
 	cfg.SingleTenant = "main"

@@ -41,10 +41,8 @@ func (t *guardedTx) admit(ctx context.Context) error {
 	if s != nil && s.refused {
 		return &Error{Op: "transaction", Tenant: t.tenant(), Err: errSwitchInTx}
 	}
-	if t.visit != nil {
-		if err := t.visit.over(time.Now()); err != nil {
-			return &Error{Op: "transaction", Tenant: t.tenant(), Err: err}
-		}
+	if err := t.visitOver(s); err != nil {
+		return &Error{Op: "transaction", Tenant: t.tenant(), Err: err}
 	}
 	if t.pool == nil || s == nil || s.tenant == nil {
 		return nil
@@ -55,6 +53,20 @@ func (t *guardedTx) admit(ctx context.Context) error {
 	}
 	return &Error{Op: "transaction", Tenant: own.ID, Name: own.Name,
 		Err: hinted(ErrTenantMismatch, "the context is that of tenant id %d", s.tenant.ID)}
+}
+
+// visitOver looks at the visit in which t was begun and at that of the session, which may be nil.
+func (t *guardedTx) visitOver(s *Session) error {
+	if t.visit == nil && (s == nil || s.visit == nil) {
+		return nil
+	}
+	now := time.Now()
+	if s != nil {
+		if err := s.visit.over(now); err != nil {
+			return err
+		}
+	}
+	return t.visit.over(now)
 }
 
 // Commit never refuses: whose context it is does not matter for the end.

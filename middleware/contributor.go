@@ -29,7 +29,8 @@ type Contributor interface {
 	Hint(r *http.Request) (tenancy.Hint, error)
 }
 
-// ContributorFunc is a function as a Contributor.
+// ContributorFunc is a function as a Contributor. What a value may look like is the function's to check: one that no tenant can have is
+// taken for a tenant that does not exist.
 type ContributorFunc func(r *http.Request) (tenancy.Hint, error)
 
 // Hint calls f.
