@@ -35,15 +35,16 @@ type view struct {
 
 // record is one tenant as the catalog last told it: immutable but for checked, and replaced as a whole.
 type record struct {
-	checked uint64 // atomic, and first so that it is aligned on 32 bits too: view.changes, one more, when this record was last looked up
+	// What each request reads comes first, together.
+	checked   uint64 // atomic, and first so that it is aligned on 32 bits too: view.changes, one more, when this record was last looked up
+	view      *view  // that looked it up: a context can carry the record of another node
+	elsewhere *share // who knows the nodes that serve it; nil: this one does
+	sourceErr error  // why source is unusable: this tenant is refused, the others are not
 
 	tenant     Tenant
 	message    string
 	retryAfter time.Duration
 	source     DataSource // how to reach its data, with the password
-	sourceErr  error      // why source is unusable: this tenant is refused, the others are not
-	elsewhere  *share     // who knows the nodes that serve it; nil: this one does
-	view       *view      // that looked it up: a context can carry the record of another node
 }
 
 // Format keeps the login inside from being printed by a stray %+v.
