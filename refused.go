@@ -14,7 +14,7 @@ import (
 //
 // It works behind the request's back: whether the tenant exists must not show in the time of the answer, and a flood of
 // refusals must not wait for the primary, fill it or grow a queue. One user at one tenant is one row a minute for each source; beyond what fits into the
-// queue refusals are counted in the log alone.
+// queue, or into what is looked into in a minute, is counted in the log alone.
 type refusedHints struct {
 	tn    *Tenancy
 	log   *slog.Logger
@@ -22,11 +22,11 @@ type refusedHints struct {
 	done  sync.WaitGroup
 	stop  context.CancelFunc
 
-	mu      sync.Mutex // guards the fields below
-	dropped int        // not recorded, for want of room or of the primary
-	failed  error      // why, the last time
-	busiest UserKey    // whose, the last time
-	closed  bool
+	mu       sync.Mutex // guards the fields below
+	dropped  int        // not recorded, for want of room or of the primary
+	failed   error      // why, the last time
+	lastUser UserKey    // whose, the last time
+	closed   bool
 }
 
 type refusedQuery struct {
@@ -90,7 +90,7 @@ func (r *refusedHints) note(q Query) {
 	case r.queue <- refusedQuery{q.User, kept}:
 	default:
 		r.dropped++
-		r.busiest = q.User
+		r.lastUser = q.User
 	}
 }
 
@@ -152,7 +152,7 @@ func (r *refusedHints) drop(user UserKey, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.dropped++
-	r.busiest = user
+	r.lastUser = user
 	if err != nil {
 		r.failed = err
 	}
@@ -161,7 +161,7 @@ func (r *refusedHints) drop(user UserKey, err error) {
 // tell logs once a period what was not recorded.
 func (r *refusedHints) tell() {
 	r.mu.Lock()
-	dropped, user, err := r.dropped, r.busiest, r.failed
+	dropped, user, err := r.dropped, r.lastUser, r.failed
 	r.dropped, r.failed = 0, nil
 	r.mu.Unlock()
 	if dropped > 0 {
