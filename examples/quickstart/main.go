@@ -83,13 +83,13 @@ func run(ctx context.Context, addr, adminURL string) (err error) {
 func prepareTenants(ctx context.Context, tn *tenancy.Tenancy) error {
 	const carol = "carol@both.test"
 	c := tn.Catalog()
-	for name, admin := range map[string]tenancy.UserKey{"acme": "alice@acme.test", "globex": "bob@globex.test"} {
+	for _, n := range []tenancy.NewTenant{{Name: "acme", Admin: "alice@acme.test"}, {Name: "globex", Admin: "bob@globex.test"}} {
 		// Create finishes what an earlier start left half-made; what exists is not touched.
-		_, err := c.Create(ctx, tenancy.NewTenant{Name: name, Admin: admin})
+		_, err := c.Create(ctx, n)
 		if err != nil && !errors.Is(err, tenancy.ErrTenantExists) {
 			return err
 		}
-		t, err := c.TenantByName(ctx, name)
+		t, err := c.TenantByName(ctx, n.Name)
 		if err != nil {
 			return err
 		}
