@@ -132,7 +132,7 @@ type LookupConfig struct {
 type Limits struct {
 	// TenantConns is the size of one tenant's pool. Default: 4.
 	TenantConns int32
-	// PrimaryConns is the size of the pool to the primary; the feed has two connections besides. Default: 8. At least 3.
+	// PrimaryConns is the size of the pool to the primary; the feed has up to three connections besides. Default: 8. At least 3.
 	PrimaryConns int32
 	// TenantIdle is how long an unused tenant keeps its pool. Default: 5 min.
 	TenantIdle time.Duration
