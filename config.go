@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -128,25 +129,43 @@ type LookupConfig struct {
 	Timeout time.Duration
 }
 
-// Limits bounds what one node opens.
+// Limits bounds what is opened, and how long anything may take.
 type Limits struct {
-	// TenantConns is the size of one tenant's pool. Default: 4.
+	// ServerConns is the number of connections that all nodes together may have open at one server (a host and port), the library's own
+	// among them. A node has ServerConns/Nodes of them, which its tenants share: an idle connection makes room for one that
+	// is needed. Default: 80, for PostgreSQL's own default of 100. Give max_connections less what else connects.
+	ServerConns int
+	// Nodes is the number of processes that are expected to run at once, those of a rolling deployment included. Default: 1.
+	Nodes int
+	// TenantConns is the most connections of one tenant on one node. Default: 4.
 	TenantConns int32
+	// TenantFloor is the number of connections that a tenant gets before any other tenant gets more of them. Default: 1.
+	TenantFloor int32
+	// TenantWaiters is the number of calls that may wait for a connection of one tenant on one node; the next one
+	// is [ErrBusy] at once. Default: 100.
+	TenantWaiters int
 	// PrimaryConns is the size of the pool to the primary; the feed has up to three connections besides. Default: 8. At least 3.
 	PrimaryConns int32
-	// TenantIdle is how long an unused tenant keeps its pool. Default: 5 min.
+	// TenantIdle is how long an unused tenant keeps its pool. Default: 1 min.
 	TenantIdle time.Duration
 	// ConnIdle is how long an unused connection is kept. Default: 1 min.
 	ConnIdle time.Duration
+	// AcquireTimeout is how long a call waits for a connection; a shorter ctx ends it before. Default: 5 s.
+	AcquireTimeout time.Duration
 	// ConnectTimeout of one connection. Default: 5 s.
 	ConnectTimeout time.Duration
+	// PingTimeout of the question whether a connection that was unused for a second is still alive. Default: 1 s.
+	PingTimeout time.Duration
+	// StatementTimeout is the server's statement_timeout of a tenant's connections; SET LOCAL gives one transaction another.
+	// Default: 30 s. Below 0: the server's own.
+	StatementTimeout time.Duration
 	// Provisions is the number of tenants created or migrated at once by this node. Default: 2.
 	Provisions int
 }
 
 // FromEnv returns a Config made of TENANCY_PRIMARY_URL, TENANCY_LISTEN_URL, TENANCY_HOST_URL,
-// TENANCY_KEYS, TENANCY_VALIDITY_CRON, TENANCY_SINGLE_TENANT, TENANCY_NODE_ADDRESS, and of TENANCY_HOST_MANAGERS and
-// TENANCY_ONLY_TENANTS (both comma separated). Variables that are not set
+// TENANCY_KEYS, TENANCY_VALIDITY_CRON, TENANCY_SINGLE_TENANT, TENANCY_NODE_ADDRESS, TENANCY_SERVER_CONNS and TENANCY_NODES (numbers), and of
+// TENANCY_HOST_MANAGERS and TENANCY_ONLY_TENANTS (both comma separated). Variables that are not set
 // leave the default. An error names the variable, never its value.
 func FromEnv() (Config, error) {
 	c := Config{
@@ -169,7 +188,21 @@ func FromEnv() (Config, error) {
 	for _, m := range listOf(os.Getenv("TENANCY_HOST_MANAGERS")) {
 		c.HostManagers = append(c.HostManagers, UserKey(m))
 	}
-	return c, nil
+	return c, errors.Join(numberFrom("TENANCY_SERVER_CONNS", &c.Limits.ServerConns), numberFrom("TENANCY_NODES", &c.Limits.Nodes))
+}
+
+// numberFrom reads a number above 0 into field; a variable that is not set leaves it.
+func numberFrom(name string, field *int) error {
+	text := os.Getenv(name)
+	if text == "" {
+		return nil
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 1 {
+		return invalid(errors.New(name + " is not a number above 0"))
+	}
+	*field = n
+	return nil
 }
 
 func listOf(commaSeparated string) (list []string) {
@@ -193,11 +226,18 @@ func (c Config) withDefaults() Config {
 	def(&c.Lookups.PollPeriod, time.Second)
 	def(&c.Lookups.StoreTTL, 5*time.Second)
 	def(&c.Lookups.Timeout, 5*time.Second)
+	def(&c.Limits.ServerConns, 80)
+	def(&c.Limits.Nodes, 1)
 	def(&c.Limits.TenantConns, 4)
+	def(&c.Limits.TenantFloor, 1)
+	def(&c.Limits.TenantWaiters, 100)
 	def(&c.Limits.PrimaryConns, 8)
-	def(&c.Limits.TenantIdle, 5*time.Minute)
+	def(&c.Limits.TenantIdle, time.Minute)
 	def(&c.Limits.ConnIdle, time.Minute)
+	def(&c.Limits.AcquireTimeout, 5*time.Second)
 	def(&c.Limits.ConnectTimeout, 5*time.Second)
+	def(&c.Limits.PingTimeout, time.Second)
+	def(&c.Limits.StatementTimeout, 30*time.Second)
 	def(&c.Limits.Provisions, 2)
 	def(&c.DrainTimeout, 10*time.Second)
 	if c.Logger == nil {
@@ -253,13 +293,27 @@ func (c Config) validate() error {
 		within("Lookups.StoreTTL", l.StoreTTL, 100*time.Millisecond, time.Hour),
 		within("Lookups.PollPeriod", l.PollPeriod, 100*time.Millisecond, 10*time.Second),
 		within("Lookups.Timeout", l.Timeout, 10*time.Millisecond, time.Minute),
-		atLeast("Limits.TenantConns", c.Limits.TenantConns, 1), atLeast("Limits.PrimaryConns", c.Limits.PrimaryConns, 3),
-		within("Limits.TenantIdle", c.Limits.TenantIdle, time.Second, 24*time.Hour),
-		within("Limits.ConnIdle", c.Limits.ConnIdle, time.Second, 24*time.Hour),
-		within("Limits.ConnectTimeout", c.Limits.ConnectTimeout, 10*time.Millisecond, time.Minute),
-		atLeast("Limits.Provisions", c.Limits.Provisions, 1),
+		c.Limits.validate(),
 		within("DrainTimeout", c.DrainTimeout, time.Millisecond, time.Hour),
 	)
+}
+
+func (l Limits) validate() error {
+	errs := []error{
+		atLeast("Limits.ServerConns", l.ServerConns, 1), atLeast("Limits.Nodes", l.Nodes, 1),
+		atLeast("Limits.TenantConns", l.TenantConns, 1), atLeast("Limits.TenantFloor", l.TenantFloor, 1),
+		atLeast("Limits.TenantWaiters", l.TenantWaiters, 1), atLeast("Limits.PrimaryConns", l.PrimaryConns, 3),
+		within("Limits.TenantIdle", l.TenantIdle, time.Second, 24*time.Hour),
+		within("Limits.ConnIdle", l.ConnIdle, time.Second, 24*time.Hour),
+		within("Limits.AcquireTimeout", l.AcquireTimeout, time.Millisecond, time.Hour),
+		within("Limits.ConnectTimeout", l.ConnectTimeout, 10*time.Millisecond, time.Minute),
+		within("Limits.PingTimeout", l.PingTimeout, 10*time.Millisecond, time.Minute),
+		atLeast("Limits.Provisions", l.Provisions, 1),
+	}
+	if l.StatementTimeout > 0 {
+		errs = append(errs, within("Limits.StatementTimeout", l.StatementTimeout, time.Millisecond, 24*time.Hour))
+	}
+	return errors.Join(errs...)
 }
 
 // serves returns the names of the tenants that this node serves, nil for all.
