@@ -150,7 +150,7 @@ type Limits struct {
 	TenantIdle time.Duration
 	// ConnIdle is how long an unused connection is kept. Default: 1 min.
 	ConnIdle time.Duration
-	// AcquireTimeout is how long a call waits for a connection; a shorter ctx ends it before. Default: 5 s.
+	// AcquireTimeout is how long a call waits for a connection; a shorter ctx ends it before. Default: 10 s.
 	AcquireTimeout time.Duration
 	// ConnectTimeout of one connection. Default: 5 s.
 	ConnectTimeout time.Duration
@@ -234,7 +234,7 @@ func (c Config) withDefaults() Config {
 	def(&c.Limits.PrimaryConns, 8)
 	def(&c.Limits.TenantIdle, time.Minute)
 	def(&c.Limits.ConnIdle, time.Minute)
-	def(&c.Limits.AcquireTimeout, 5*time.Second)
+	def(&c.Limits.AcquireTimeout, 10*time.Second)
 	def(&c.Limits.ConnectTimeout, 5*time.Second)
 	def(&c.Limits.PingTimeout, time.Second)
 	def(&c.Limits.StatementTimeout, 30*time.Second)

@@ -4,13 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/jackc/puddle/v2"
+	"github.com/msmt-go/tenancy/internal/budget"
 	"github.com/msmt-go/tenancy/internal/lease"
 )
 
@@ -23,11 +24,15 @@ import (
 // [ErrTenantMaintenance], [ErrTenantGone], [ErrTenantNotReady] and [ErrTenantNotFound], whatever it
 // was when the context was made. When the primary has been silent for too long the error is
 // [ErrPrimaryUnavailable], and when the tenant's own server cannot be reached
-// [ErrTenantUnavailable]; a connection that is not the tenant's is [ErrIdentity] or [ErrPooler];
+// [ErrTenantUnavailable]; when its connections are all in use and as many calls wait as may, or one has waited for
+// [Limits].AcquireTimeout, [ErrBusy]; a connection that is not the tenant's is [ErrIdentity] or [ErrPooler];
 // after [Tenancy.Close] it is [ErrClosed]. Errors of a statement are those of pgx.
 //
 // Cancelling a call's ctx ends its wait for a connection, or breaks the connection that runs its
-// statement, as in pgx. There is no bound besides ctx on the wait for a connection.
+// statement, as in pgx.
+//
+// A statement that was never sent is sent once more, over another connection; so is, outside a transaction, one that the server
+// refused because its plan was older than a migration. Nothing else is ever repeated, and no batch.
 //
 // [Tenancy.Host] returns the same type over the host's own database: then the tenant of a
 // context does not matter, and the error without such a database is [ErrNoHostData].
@@ -45,12 +50,34 @@ const (
 
 // Exec runs sql and returns its command tag. The connection is given back before it returns.
 func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error) {
-	c, err := db.checkout(ctx, "exec")
-	if err != nil {
-		return pgconn.CommandTag{}, err
+	for again := false; ; again = true {
+		c, err := db.checkout(ctx, "exec")
+		if err != nil {
+			return pgconn.CommandTag{}, err
+		}
+		tag, err := c.exec(ctx, sql, arguments)
+		if again || !mayRepeat(ctx, err) {
+			return tag, err
+		}
 	}
-	defer c.release()
+}
+
+func (c *checkout) exec(ctx context.Context, sql string, arguments []any) (pgconn.CommandTag, error) {
+	defer c.release() // also when an argument's Value method panics
 	return c.conn.Exec(ctx, sql, arguments...)
+}
+
+// mayRepeat says whether a statement outside a transaction may be sent once more after err, because it had no effect: it
+// was never sent, or the server refused a plan that is older than a migration.
+func mayRepeat(ctx context.Context, err error) bool {
+	if err == nil || ctx.Err() != nil {
+		return false
+	}
+	if pgconn.SafeToRetry(err) {
+		return true
+	}
+	refused, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && outdatedPlan(refused) && refused.Where == "" // else a function was at work, which may have committed something
 }
 
 // Query runs sql and returns its rows. They hold a connection until they are closed, read to the
@@ -60,10 +87,23 @@ func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any)
 // ignored where [pgx.CollectRows] and its like follow. What their Conn returns is pgx's own, and only
 // theirs until they end.
 func (db *TenantAwareDB) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	c, err := db.checkout(ctx, "query")
-	if err != nil {
-		return errRows{err}, err
+	for again := false; ; again = true {
+		c, err := db.checkout(ctx, "query")
+		if err != nil {
+			return errRows{err}, err
+		}
+		r, err := c.query(ctx, sql, args)
+		if err == nil {
+			return &leasedRows{Rows: r, c: c, ctx: ctx, db: db, sql: sql, args: args, begun: again}, nil
+		}
+		if again || !mayRepeat(ctx, err) {
+			return errRows{err}, err
+		}
 	}
+}
+
+// query keeps the connection for the rows.
+func (c *checkout) query(ctx context.Context, sql string, args []any) (pgx.Rows, error) {
 	kept := false
 	defer func() { // an argument's Value method may panic
 		if !kept {
@@ -71,11 +111,8 @@ func (db *TenantAwareDB) Query(ctx context.Context, sql string, args ...any) (pg
 		}
 	}()
 	r, err := c.conn.Query(ctx, sql, args...)
-	if err != nil {
-		return errRows{err}, err
-	}
-	kept = true
-	return &leasedRows{Rows: r, c: c}, nil
+	kept = err == nil
+	return r, err
 }
 
 // QueryRow runs sql for its first row. The connection is held until Scan, which also gives the
@@ -85,6 +122,11 @@ func (db *TenantAwareDB) QueryRow(ctx context.Context, sql string, args ...any) 
 	if err != nil {
 		return errRow{err}
 	}
+	return &leasedRow{Row: c.queryRow(ctx, sql, args), c: c, ctx: ctx, db: db, sql: sql, args: args}
+}
+
+// queryRow keeps the connection for the row.
+func (c *checkout) queryRow(ctx context.Context, sql string, args []any) pgx.Row {
 	kept := false
 	defer func() {
 		if !kept {
@@ -93,7 +135,7 @@ func (db *TenantAwareDB) QueryRow(ctx context.Context, sql string, args ...any) 
 	}()
 	r := c.conn.QueryRow(ctx, sql, args...)
 	kept = true
-	return &leasedRow{Row: r, c: c}
+	return r
 }
 
 // SendBatch sends the queries of b at once. The connection is held until the results are closed
@@ -122,12 +164,33 @@ func (db *TenantAwareDB) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchR
 // CopyFrom copies rows into a table and returns their number, as [pgx.Conn.CopyFrom] does. tableName needs no schema: an
 // unqualified one is the tenant's.
 func (db *TenantAwareDB) CopyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, rowSrc pgx.CopyFromSource) (int64, error) {
-	c, err := db.checkout(ctx, "copy")
-	if err != nil {
-		return 0, err
+	src := &watchedSource{CopyFromSource: rowSrc}
+	for again := false; ; again = true {
+		c, err := db.checkout(ctx, "copy")
+		if err != nil {
+			return 0, err
+		}
+		n, err := c.copyFrom(ctx, tableName, columnNames, src)
+		if again || src.asked.Load() || !mayRepeat(ctx, err) {
+			return n, err
+		}
 	}
+}
+
+func (c *checkout) copyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, src *watchedSource) (int64, error) {
 	defer c.release()
-	return c.conn.CopyFrom(ctx, tableName, columnNames, rowSrc)
+	return c.conn.CopyFrom(ctx, tableName, columnNames, src)
+}
+
+// watchedSource remembers whether a row was asked for: then the copy cannot begin anew.
+type watchedSource struct {
+	pgx.CopyFromSource
+	asked atomic.Bool
+}
+
+func (s *watchedSource) Next() bool {
+	s.asked.Store(true)
+	return s.CopyFromSource.Next()
 }
 
 // Begin starts a transaction with the server's default modes. See [TenantAwareDB.BeginTx].
@@ -143,16 +206,22 @@ func (db *TenantAwareDB) Begin(ctx context.Context) (pgx.Tx, error) {
 // its Conn and LargeObjects return is pgx's own and not guarded so: it works on the tenant's data
 // whatever the context says.
 func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (pgx.Tx, error) {
-	c, err := db.checkout(ctx, "begin")
-	if err != nil {
-		return nil, err
-	}
-	inner, err := c.conn.BeginTx(ctx, txOptions)
-	if err != nil {
+	for again := false; ; again = true {
+		c, err := db.checkout(ctx, "begin")
+		if err != nil {
+			return nil, err
+		}
+		inner, err := c.conn.BeginTx(ctx, txOptions)
+		if err == nil {
+			return &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}, nil
+		}
+		// What began on a connection that is gone is gone with it, unless BeginQuery did more.
+		lost := c.conn.Conn().IsClosed() && txOptions.BeginQuery == "" && ctx.Err() == nil
 		c.release()
-		return nil, err
+		if again || !lost && !mayRepeat(ctx, err) {
+			return nil, err
+		}
 	}
-	return &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}, nil
 }
 
 // InTx runs fn in a transaction and commits it when fn returns nil. When fn returns an error or
@@ -220,14 +289,33 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 		return checkout{}, err
 	}
 	c, err := db.tn.acquire(ctx, r)
-	if err != nil && errors.Is(err, puddle.ErrClosedPool) {
+	if err != nil && poolClosed(err) {
 		// Somebody else closed the pool. Nothing was sent, and the next lease is a new pool's.
 		c, err = db.tn.acquire(ctx, r)
+	}
+	if err != nil && isState(err, "28P01", "28000") {
+		// The login is refused: it may have been another for a moment, which the feed has not told us yet.
+		c, err = db.tn.acquireAnew(ctx, r, err)
 	}
 	if err != nil {
 		return checkout{}, db.tn.checkoutFailure(op, r.tenant, err)
 	}
 	return c, nil
+}
+
+// acquireAnew reads the tenant's configuration once more and tries again if it is a newer one.
+func (tn *Tenancy) acquireAnew(ctx context.Context, r *record, refused error) (checkout, error) {
+	now, err := tn.view.reread(ctx, r.tenant.ID)
+	if err == nil {
+		err = now.served("connect")
+	}
+	if err != nil {
+		return checkout{}, err
+	}
+	if now.tenant.Generation <= r.tenant.Generation {
+		return checkout{}, refused
+	}
+	return tn.acquire(ctx, now)
 }
 
 func (tn *Tenancy) acquire(ctx context.Context, r *record) (checkout, error) {
@@ -238,7 +326,7 @@ func (tn *Tenancy) acquire(ctx context.Context, r *record) (checkout, error) {
 	p := l.Value()
 	conn, err := p.acquire(ctx)
 	if err != nil {
-		if errors.Is(err, puddle.ErrClosedPool) {
+		if poolClosed(err) {
 			l.Discard()
 		}
 		l.Release()
@@ -258,7 +346,7 @@ func (db *TenantAwareDB) checkoutHost(ctx context.Context, op string) (checkout,
 		return checkout{}, hinted(ErrNoHostData, "set Config.HostURL")
 	}
 	conn, err := db.tn.hostPool.Acquire(ctx)
-	if errors.Is(err, puddle.ErrClosedPool) {
+	if poolClosed(err) {
 		err = ErrClosed
 	}
 	if err != nil {
@@ -275,16 +363,24 @@ func (tn *Tenancy) checkoutFailure(op string, t Tenant, err error) error {
 	e := &Error{Op: op, Tenant: t.ID, Name: t.Name, Err: err}
 	_, connecting := errors.AsType[*connectFailure](err)
 	switch {
-	case errors.Is(err, lease.ErrClosed):
+	case errors.Is(err, lease.ErrClosed), errors.Is(err, budget.ErrClosed):
 		e.Err = ErrClosed
+	case errors.Is(err, ErrBusy):
+		e.RetryAfter = busyRetryAfter
 	case errors.Is(err, ErrIdentity), errors.Is(err, ErrPooler):
 		// Nothing was read over it. Whoever is on call should still hear of it from more than one request's error.
 		tn.cfg.Logger.Error("tenancy: a connection was refused because it is not its tenant's", "tenant", t.ID, "name", t.Name, "error", err)
 	case connecting && !errors.Is(err, context.Canceled):
 		e.Err, e.RetryAfter = fmt.Errorf("%w: %w", ErrTenantUnavailable, err), time.Second
+		if refused, ok := errors.AsType[*refusedAttempt](err); ok {
+			e.RetryAfter = max(e.RetryAfter, refused.after)
+		}
 	}
 	return e
 }
+
+// busyRetryAfter is a guess: how long calls take is the service's to know.
+const busyRetryAfter = time.Second
 
 // release gives the connection and the lease back, once.
 func (c *checkout) release() {
@@ -293,26 +389,36 @@ func (c *checkout) release() {
 		return
 	}
 	c.conn = nil
-	conn.Release() // closes it when it is busy or in a transaction
-	if c.pool != nil {
-		c.lease.Release()
+	if c.pool == nil {
+		conn.Release()
+		return
 	}
+	c.pool.release(conn)
+	c.lease.Release()
 }
 
 // destroy is release for a connection that nobody may use again.
 func (c *checkout) destroy(ctx context.Context) {
 	conn := c.conn
 	c.conn = nil
-	destroy(ctx, conn)
-	if c.pool != nil {
-		c.lease.Release()
+	if c.pool == nil {
+		destroy(ctx, conn)
+		return
 	}
+	c.pool.discard(ctx, conn)
+	c.lease.Release()
 }
 
 // leasedRows are [pgx.Rows] that give their connection back when they end.
 type leasedRows struct {
 	pgx.Rows
-	c checkout
+	c     checkout
+	begun bool // a row was read, or the statement was sent a second time: it is not sent again
+
+	ctx  context.Context // with the fields below, what the statement was
+	db   *TenantAwareDB
+	sql  string
+	args []any
 }
 
 func (r *leasedRows) Close() {
@@ -322,10 +428,28 @@ func (r *leasedRows) Close() {
 
 func (r *leasedRows) Next() bool {
 	if r.Rows.Next() {
+		r.begun = true
 		return true
+	}
+	if !r.begun && mayRepeat(r.ctx, r.Rows.Err()) {
+		r.repeat()
+		return r.Next()
 	}
 	r.Close()
 	return false
+}
+
+// repeat sends the statement again, over another connection. Many an error shows at the first row only.
+func (r *leasedRows) repeat() {
+	r.begun = true
+	r.Close()
+	var err error
+	if r.c, err = r.db.checkout(r.ctx, "query"); err == nil {
+		r.Rows, err = r.c.query(r.ctx, r.sql, r.args)
+	}
+	if err != nil {
+		r.Rows = errRows{err}
+	}
 }
 
 // Scan closes the rows when it fails, as pgx does.
@@ -350,9 +474,26 @@ func (r *leasedRows) Values() ([]any, error) {
 type leasedRow struct {
 	pgx.Row
 	c checkout
+
+	ctx  context.Context // with the fields below, what the statement was
+	db   *TenantAwareDB
+	sql  string
+	args []any
 }
 
 func (r *leasedRow) Scan(dest ...any) error {
+	err := r.scan(dest)
+	if err == nil || !mayRepeat(r.ctx, err) {
+		return err
+	}
+	if r.c, err = r.db.checkout(r.ctx, "query"); err != nil {
+		return err
+	}
+	r.Row = r.c.queryRow(r.ctx, r.sql, r.args)
+	return r.scan(dest)
+}
+
+func (r *leasedRow) scan(dest []any) error {
 	defer r.c.release() // also when a Scan method of dest panics
 	return r.Row.Scan(dest...)
 }

@@ -34,7 +34,8 @@ var homes = map[string][]string{
 	"github.com/golang-jwt/jwt":       {"examples/integrations/"}, // a module of its own
 	"golang.org/x/sync":               {"migrate.go"},
 	"github.com/jackc/pgx":            nil, // everywhere
-	"github.com/jackc/puddle":         {"db.go", "errors.go"},
+	"github.com/jackc/puddle":         {"errors.go"},
+	"github.com/sony/gobreaker":       {"breaker.go"},
 }
 
 func TestImportsGoDownTheFloors(t *testing.T) {
@@ -66,7 +67,7 @@ func TestImportsGoDownTheFloors(t *testing.T) {
 func TestProgramsOfUsersLinkTheStatedModulesAlone(t *testing.T) {
 	stated := []string{module, "github.com/hashicorp/golang-lru/v2", "github.com/jackc/pgpassfile", "github.com/jackc/pgservicefile",
 		"github.com/jackc/pgx/v5", "github.com/jackc/puddle/v2", "github.com/mfridman/interpolate", "github.com/pressly/goose/v3",
-		"github.com/robfig/cron/v3", "github.com/sethvargo/go-retry", "go.uber.org/multierr", "golang.org/x/sync", "golang.org/x/text"}
+		"github.com/robfig/cron/v3", "github.com/sethvargo/go-retry", "github.com/sony/gobreaker/v2", "go.uber.org/multierr", "golang.org/x/sync", "golang.org/x/text"}
 	out, err := exec.CommandContext(t.Context(), "go", "list", "-deps", "-f", "{{with .Module}}{{.Path}}{{end}} {{.ImportPath}}", ".", "./middleware").CombinedOutput()
 	if err != nil {
 		t.Fatalf("go list: %v\n%s", err, out)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/puddle/v2"
+	"github.com/msmt-go/tenancy/internal/budget"
 	"github.com/msmt-go/tenancy/internal/lease"
 )
 
@@ -64,6 +65,10 @@ var (
 	ErrInvalid = errors.New("tenancy: invalid value")
 	// ErrInProgress: another node is working on the same tenant.
 	ErrInProgress = errors.New("tenancy: another operation on this tenant is in progress")
+	// ErrBusy: too many calls wait for a connection of the tenant, or none came in time. Nothing was sent.
+	ErrBusy = errors.New("tenancy: no connection is free")
+	// ErrCommitUnknown: the answer to a COMMIT was lost. The transaction is committed or rolled back, whole either way; the library does not try again.
+	ErrCommitUnknown = errors.New("tenancy: it is not known whether the transaction was committed")
 	// ErrClosed: the Tenancy was shut down.
 	ErrClosed = errors.New("tenancy: closed")
 )
@@ -143,6 +148,8 @@ func withoutSecrets(err error) error {
 	f := &connectFailure{text: connect.Error()}
 	if pg, ok := errors.AsType[*pgconn.PgError](err); ok {
 		f.cause = pg
+	} else if errors.Is(err, budget.ErrNoPermit) {
+		f.cause = budget.ErrNoPermit
 	} else if errors.Is(err, context.DeadlineExceeded) {
 		f.cause = context.DeadlineExceeded
 	} else if errors.Is(err, context.Canceled) {
@@ -152,6 +159,9 @@ func withoutSecrets(err error) error {
 	}
 	return f
 }
+
+// poolClosed says whether err is that of a pool that somebody has closed.
+func poolClosed(err error) bool { return errors.Is(err, puddle.ErrClosedPool) }
 
 // logPanic writes where a callback of the service panicked: the error that its callers get does not say.
 func (tn *Tenancy) logPanic(t Tenant, err error) {
@@ -172,7 +182,7 @@ func unavailable(op string, err error) error {
 	switch {
 	case err == nil || errors.Is(err, ErrPrimaryUnavailable) || errors.Is(err, ErrClosed):
 		return err
-	case errors.Is(err, puddle.ErrClosedPool):
+	case poolClosed(err):
 		return &Error{Op: op, Err: ErrClosed}
 	case errors.Is(err, context.Canceled): // the caller's doing, not the primary's
 		return &Error{Op: op, Err: withoutSecrets(err)}

@@ -23,7 +23,7 @@ func (db *TenantAwareDB) Route(ctx context.Context, conn *pgxpool.Conn) (pgx.Row
 		return nil, err
 	}
 	p := l.Value()
-	if conn.Conn().PgConn().CustomData()[markKey] != any(p) {
+	if !p.hasProved(conn.Conn()) {
 		l.Release()
 		return nil, errors.New("the connection is not proved")
 	}

@@ -53,7 +53,7 @@ const (
 
 func newFeed(tn *Tenancy) *feed {
 	host, _ := os.Hostname()
-	listen := tn.primary.direct.Copy()
+	listen := tn.primary.listen.Copy()
 	listen.RuntimeParams["application_name"] = "tenancy feed"
 	ctx, stop := context.WithCancel(context.Background())
 	return &feed{tn: tn, log: tn.cfg.Logger, listen: listen, node: newUID(), name: fmt.Sprintf("%s/%d", host, os.Getpid()),

@@ -11,6 +11,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/msmt-go/tenancy/internal/budget"
 	"github.com/msmt-go/tenancy/internal/ident"
 )
 
@@ -69,12 +70,13 @@ func (tn *Tenancy) proveLogin(ctx context.Context, p *place) error {
 	}
 	cc.ConnectTimeout = tn.cfg.Limits.ConnectTimeout
 	tn.pins(cc, p.source.Schema).set(cc)
+	tn.servers.single(cc)
 	conn, err := pgx.ConnectConfig(ctx, cc)
 	if err != nil {
 		return withoutSecrets(err)
 	}
 	defer closeConn(conn)
-	one := tenantPool{tenant: p.tenant, want: tn.identity(p.tenant.UID, p.source), timeout: tn.cfg.Limits.ConnectTimeout}
+	one := tenantPool{tenant: p.tenant, limits: tn.cfg.Limits, want: tn.identity(p.tenant.UID, p.source)}
 	return one.proveWithin(ctx, conn)
 }
 
@@ -87,6 +89,9 @@ func (p *tenantPool) prove(ctx context.Context, conn *pgx.Conn) error {
 	// a marker that the tenant has turned into a view would be a trap.
 	if err := p.want.login(pg.ParameterStatus("session_authorization"), pg.ParameterStatus("is_superuser")); err != nil {
 		return err
+	}
+	if pg.ParameterStatus("in_hot_standby") == "on" {
+		return errStandby
 	}
 	results, err := pg.Exec(ctx, p.want.question).ReadAll()
 	if len(results) > 0 && results[0].Err == nil && len(results[0].Rows) == 1 {
@@ -106,9 +111,12 @@ func (p *tenantPool) prove(ctx context.Context, conn *pgx.Conn) error {
 	if err := p.want.marker(results[1].Rows); err != nil {
 		return err
 	}
-	pg.CustomData()[markKey] = p
+	pg.CustomData()[markKey] = &proof{pool: p, conn: budget.Of(pg.Conn())}
 	return nil
 }
+
+// errStandby is a server that cannot be written to: a failover is under way, or the address leads to the wrong one.
+var errStandby = &connectFailure{text: "the server is a standby (in_hot_standby is on)"}
 
 // notTheTenants tells a refusal from a failure: no such schema or table, or no right to it.
 func notTheTenants(err *pgconn.PgError) bool {

@@ -71,7 +71,7 @@ func Init(ctx context.Context, admin AdminConfig) error {
 		return err
 	}
 	cfg := Config{PrimaryURL: admin.PrimaryURL, Keys: admin.Keys}.withDefaults()
-	p, err := openPrimary(ctx, cfg)
+	p, err := openPrimary(ctx, cfg, newServers(cfg.Limits))
 	if err != nil {
 		return err
 	}

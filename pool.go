@@ -6,12 +6,16 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/msmt-go/tenancy/internal/budget"
 	"github.com/msmt-go/tenancy/internal/lease"
 )
 
@@ -20,8 +24,9 @@ import (
 //
 // The pool belongs to the library, which closes it: a builder returns a new one at each call, and
 // the same pool for two tenants is refused with [ErrIdentity]. One made from other settings than cfg
-// works, but each of its connections has to prove at its first use that it is the tenant's own,
-// and a forced [Tenancy.Close] cannot cut its sockets. cfg holds the tenant's password.
+// works, but each of its connections has to prove at its first use that it is the tenant's own, no budget
+// counts them, and a forced [Tenancy.Close] cannot cut its sockets. cfg holds the tenant's password, and its MaxConns
+// is twice the tenant's: what bounds a tenant stands before its pool.
 //
 // ctx ends with the building, carries nothing of the caller who needed the pool first, and bounds
 // nothing afterwards. Calls for different tenants run at the same time.
@@ -49,21 +54,22 @@ const (
 const (
 	connLifetime       = time.Hour
 	connLifetimeJitter = 10 * time.Minute // so that a fleet of pools does not reconnect as one
-	pingTimeout        = 2 * time.Second  // pgxpool's default, none, waits on a half-open socket for ever
 	healthCheckPeriod  = time.Minute
 )
-
-// markKey is where a connection carries its proof: the *tenantPool that it was proved for. A
-// connection of another tenant, generation or realm carries another pointer.
-const markKey = "github.com/msmt-go/tenancy.proof"
 
 // tenantPool is one tenant's pool, for one generation. Safe for concurrent use.
 type tenantPool struct {
 	tenant  Tenant
-	pool    *pgxpool.Pool
+	limits  Limits
 	want    identity
-	timeout time.Duration // of one proof
-	sockets sockets
+	pool    *pgxpool.Pool
+	account *budget.Account // admits callers before the pool is asked
+	server  *budget.Server
+	breaker *breaker
+	built   atomic.Bool  // pool is set: a builder may have had it connect before
+	crowded atomic.Int32 // attempts to connect in a row that the server had no connection left for
+
+	afterRelease func(*pgx.Conn) bool // the service's hook; nil: none
 }
 
 // newPools returns the pools of all tenants: each is built at its first use, replaced when the
@@ -91,7 +97,8 @@ func (m *poolMaker) build(ctx context.Context, id ID, generation int64) (*tenant
 	if err != nil {
 		return nil, err
 	}
-	p := &tenantPool{tenant: r.tenant, want: m.tn.identity(r.tenant.UID, r.source), timeout: m.tn.cfg.Limits.ConnectTimeout}
+	p := &tenantPool{tenant: r.tenant, limits: m.tn.cfg.Limits, want: m.tn.identity(r.tenant.UID, r.source),
+		server: m.tn.servers.of(r.source.Host, r.source.Port), breaker: newBreaker(m.tn.cfg.Logger, r.tenant)}
 	cfg, err := m.tn.poolConfig(ctx, p, r.source)
 	if err != nil {
 		return nil, withoutSecrets(err)
@@ -106,6 +113,7 @@ func (m *poolMaker) build(ctx context.Context, id ID, generation int64) (*tenant
 	if err := m.claim(p); err != nil {
 		return nil, err
 	}
+	p.built.Store(true)
 	return p, nil
 }
 
@@ -129,6 +137,7 @@ func (m *poolMaker) claim(p *tenantPool) error {
 
 // close blocks until every connection has come back, so it is called in the background.
 func (m *poolMaker) close(p *tenantPool) {
+	p.account.Close()
 	p.pool.Close()
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -136,7 +145,7 @@ func (m *poolMaker) close(p *tenantPool) {
 }
 
 // cut breaks the connections under the hands of those who use them, who then give them back.
-func (p *tenantPool) cut() { p.sockets.cut() }
+func (p *tenantPool) cut() { p.account.Cut() }
 
 // poolConfig returns the settings of the tenant's pool: our defaults, then the user's hook, then
 // the pins again.
@@ -155,6 +164,9 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 		return nil, err
 	}
 	conn.ConnectTimeout = c.Limits.ConnectTimeout
+	if c.Limits.StatementTimeout > 0 {
+		conn.RuntimeParams["statement_timeout"] = strconv.FormatInt(c.Limits.StatementTimeout.Milliseconds(), 10)
+	}
 	pins := tn.pins(conn, source.Schema)
 	pins.set(conn)
 
@@ -164,7 +176,7 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 	cfg.MaxConnIdleTime = c.Limits.ConnIdle
 	cfg.MaxConnLifetime = connLifetime
 	cfg.MaxConnLifetimeJitter = connLifetimeJitter
-	cfg.PingTimeout = pingTimeout
+	cfg.PingTimeout = c.Limits.PingTimeout
 	cfg.HealthCheckPeriod = healthCheckPeriod
 
 	if c.PoolConfig != nil {
@@ -181,37 +193,50 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 		}
 	}
 	cfg = cfg.Copy() // a hook that kept cfg cannot change it any more
+	p.account = p.server.NewAccount(budget.AccountConfig{
+		Floor: int(c.Limits.TenantFloor), Ceiling: int(cfg.MaxConns), Waiters: c.Limits.TenantWaiters,
+		Connect: p.connect, Evict: p.evict, Idle: func() bool { return p.pool.Stat().IdleConns() > 0 },
+	})
 	p.guard(cfg, pins)
 	return cfg, nil
 }
 
-// guard puts the pins, the sockets' book and the proof behind whatever the user's hook has set.
+// guard puts the pins, the budget and the proof behind whatever the user's hook has set.
 func (p *tenantPool) guard(cfg *pgxpool.Config, pins pins) {
-	dial := cfg.ConnConfig.DialFunc
-	if dial == nil {
-		dial = pins.conn.DialFunc
+	if cfg.ConnConfig.DialFunc == nil {
+		cfg.ConnConfig.DialFunc = pins.conn.DialFunc
 	}
 	pins.set(cfg.ConnConfig)
-	cfg.ConnConfig.DialFunc = p.sockets.dialer(dial)
+	p.guardDials(cfg, pins)
+	p.guardErrors(cfg.ConnConfig)
 
-	if user := cfg.BeforeConnect; user != nil {
-		cfg.BeforeConnect = func(ctx context.Context, cc *pgx.ConnConfig) error {
-			cc.DialFunc = dial
-			if err := user(ctx, cc); err != nil {
-				return err
-			}
-			if cc.DialFunc == nil {
-				cc.DialFunc = dial
-			}
-			pins.set(cc)
-			cc.DialFunc = p.sockets.dialer(cc.DialFunc)
-			return nil
+	// The account bounds the tenant. A connection that is broken stays in the pool until the server has let it go, and what
+	// stands in for it must not wait for that.
+	cfg.MaxConns *= 2
+	p.limits.PingTimeout = cfg.PingTimeout
+	ping := cfg.ShouldPing
+	cfg.ShouldPing = func(ctx context.Context, params pgxpool.ShouldPingParams) bool {
+		doubtful := params.IdleDuration > time.Second
+		if ping != nil {
+			doubtful = ping(ctx, params)
 		}
+		mark, _ := params.Conn.PgConn().CustomData()[markKey].(*proof)
+		if mark == nil {
+			return doubtful
+		}
+		mark.doubtful = mark.doubtful || doubtful // check asks, within bounds that the pool has not
+		return false
 	}
+	// The pool calls it in the background, where nobody would hear of the connection's return.
+	p.afterRelease, cfg.AfterRelease = cfg.AfterRelease, nil
+
 	user := cfg.AfterConnect
 	cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+		if c := budget.Of(conn.PgConn().Conn()); c != nil {
+			c.Established()
+		}
 		// pgxpool takes the caller's cancellation away here and has no bound of its own.
-		ctx, cancel := context.WithTimeout(ctx, p.timeout)
+		ctx, cancel := context.WithTimeout(ctx, p.limits.ConnectTimeout)
 		defer cancel()
 		if user != nil {
 			if err := user(ctx, conn); err != nil {
@@ -219,6 +244,42 @@ func (p *tenantPool) guard(cfg *pgxpool.Config, pins pins) {
 			}
 		}
 		return p.prove(ctx, conn) // last, so that it judges what the hook has left
+	}
+}
+
+// guardDials gives each connection a route of its own, by which the budget sees it.
+func (p *tenantPool) guardDials(cfg *pgxpool.Config, pins pins) {
+	user := cfg.BeforeConnect
+	cfg.BeforeConnect = func(ctx context.Context, cc *pgx.ConnConfig) error {
+		if ctx.Value(idleOnly{}) != nil {
+			return budget.ErrNoPermit
+		}
+		dial := cc.DialFunc
+		if user != nil {
+			if err := user(ctx, cc); err != nil {
+				return err
+			}
+			if cc.DialFunc == nil {
+				cc.DialFunc = dial
+			}
+			pins.set(cc)
+		}
+		cc.DialFunc = p.account.Route(cc.DialFunc).Dial
+		return nil
+	}
+}
+
+// guardErrors has the pool drop its idle connections when the server says that they are worth nothing any more.
+func (p *tenantPool) guardErrors(cc *pgx.ConnConfig) {
+	user := cc.OnPgError
+	cc.OnPgError = func(conn *pgconn.PgConn, err *pgconn.PgError) bool {
+		if p.built.Load() && outdates(conn, err) {
+			p.pool.Reset()
+		}
+		if user != nil {
+			return user(conn, err)
+		}
+		return err.SeverityUnlocalized != "FATAL"
 	}
 }
 
@@ -264,46 +325,4 @@ func (p pins) set(cc *pgx.ConnConfig) {
 	})
 	params["search_path"] = p.searchPath
 	cc.RuntimeParams = params
-}
-
-// acquire takes a connection that is proved to be the tenant's own, whatever built the pool.
-func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
-	conn, err := p.pool.Acquire(ctx)
-	if err != nil {
-		return nil, withoutSecrets(err)
-	}
-	switch mark := conn.Conn().PgConn().CustomData()[markKey]; mark {
-	case any(p):
-		return conn, nil
-	case nil:
-		err = p.proveWithin(ctx, conn.Conn())
-	default:
-		err = hinted(ErrIdentity, "the pool gave out a connection that was proved for another pool: it was %s", markText(mark))
-	}
-	if err != nil {
-		destroy(ctx, conn)
-		return nil, err
-	}
-	return conn, nil
-}
-
-func markText(mark any) string {
-	if other, ok := mark.(*tenantPool); ok {
-		return fmt.Sprintf("that of tenant id %d, generation %d", other.tenant.ID, other.tenant.Generation)
-	}
-	return "marked by other code"
-}
-
-func (p *tenantPool) proveWithin(ctx context.Context, conn *pgx.Conn) error {
-	ctx, cancel := context.WithTimeout(ctx, p.timeout)
-	defer cancel()
-	return p.prove(ctx, conn)
-}
-
-// destroy closes a connection and tells its pool.
-func destroy(ctx context.Context, conn *pgxpool.Conn) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
-	defer cancel()
-	conn.Conn().Close(ctx) // an error changes nothing: the socket is closed either way
-	conn.Release()
 }

@@ -67,7 +67,8 @@ func newPoolFixture(t testing.TB, cfg Config) *poolFixture {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.NewTextHandler(io.Discard, nil))
 	}
-	f.tn = &Tenancy{cfg: cfg.withDefaults(), realm: unique.Make([16]byte{0xfe})}
+	cfg = cfg.withDefaults()
+	f.tn = &Tenancy{cfg: cfg, realm: unique.Make([16]byte{0xfe}), servers: newServers(cfg.Limits)}
 	records, err := newLookup(lookupConfig{size: 10, negativeSize: 10, negativeTTL: time.Second, loadTimeout: 5 * time.Second},
 		func(_ context.Context, id ID) (*record, bool, error) {
 			f.mu.Lock()
@@ -208,6 +209,12 @@ func TestEveryTenantReadsItsOwnRowsAndNoOthers(t *testing.T) {
 	if _, err := (&TenantAwareDB{tn: other}).Exec(f.as(globex), "SELECT 1"); !errors.Is(err, ErrTenantMismatch) {
 		t.Errorf("another realm's Tenancy: %v", err)
 	}
+}
+
+// hasProved says whether conn carries p's proof.
+func (p *tenantPool) hasProved(conn *pgx.Conn) bool {
+	mark, _ := conn.PgConn().CustomData()[markKey].(*proof)
+	return mark != nil && mark.pool == p
 }
 
 func TestTenantsDoNotMeetUnderLoad(t *testing.T) {
@@ -403,7 +410,7 @@ func TestAPoolOfTheServicesOwnMakingProvesItselfAtCheckout(t *testing.T) {
 	f.wantNotes(globex, "t_b")
 	f.tn.pools.Each(func(_ ID, _ int64, p *tenantPool, _ int) {
 		for _, conn := range p.pool.AcquireAllIdle(t.Context()) {
-			if conn.Conn().PgConn().CustomData()[markKey] != any(p) {
+			if !p.hasProved(conn.Conn()) {
 				t.Errorf("tenant %d: a connection in use carries no proof", p.tenant.ID)
 			}
 			conn.Release()

@@ -19,7 +19,9 @@ import (
 type primaryDB struct {
 	pool   *pgxpool.Pool
 	follow *pgxpool.Pool   // the feed's: look-ups that hang must not keep it from hearing the primary
-	direct *pgx.ConnConfig // past any pooler
+	listen *pgx.ConnConfig // the feed's, past any pooler
+	direct *pgx.ConnConfig // for what is done one by one, past any pooler
+	verbs  chan struct{}   // a slot for each verb that may hold connections
 	keys   Keyring
 	realm  realm
 }
@@ -32,17 +34,22 @@ type querier interface {
 }
 
 // openPrimary connects, brings the primary's own schema up to date (or checks it) and proves that the keys fit.
-func openPrimary(ctx context.Context, cfg Config) (*primaryDB, error) {
+func openPrimary(ctx context.Context, cfg Config, servers *servers) (*primaryDB, error) {
 	pc, err := primaryConfig(cfg.PrimaryURL, cfg.Limits.ConnectTimeout)
 	if err != nil {
 		return nil, fmt.Errorf("Config.PrimaryURL: %w", err)
 	}
 	pc.MaxConns = cfg.Limits.PrimaryConns
 	pc.MaxConnLifetime, pc.MaxConnLifetimeJitter = time.Hour, 10*time.Minute
-	pc.PingTimeout = 2 * time.Second
+	pc.PingTimeout = cfg.Limits.PingTimeout
 	direct, err := primaryConfig(cfg.ListenURL, cfg.Limits.ConnectTimeout)
 	if err != nil {
 		return nil, fmt.Errorf("Config.ListenURL: %w", err)
+	}
+	servers.setAside(pc.ConnConfig, int(cfg.Limits.PrimaryConns)+feedConns-1)
+	servers.setAside(direct.ConnConfig, 1)
+	if err := servers.check(); err != nil {
+		return nil, err
 	}
 	if cfg.ListenURL != cfg.PrimaryURL {
 		if err := sameDatabase(ctx, pc.ConnConfig, direct.ConnConfig); err != nil {
@@ -52,18 +59,22 @@ func openPrimary(ctx context.Context, cfg Config) (*primaryDB, error) {
 	if err := preparePrimary(ctx, cfg, direct.ConnConfig); err != nil {
 		return nil, err
 	}
+	servers.ownPool(pc.ConnConfig)
 	pool, err := pgxpool.NewWithConfig(ctx, pc)
 	if err != nil {
 		return nil, unavailable("open the primary", err)
 	}
 	fc := pc.Copy()
-	fc.MaxConns = 2 // one, and another while pgx waits for a broken one to end
+	fc.MaxConns = feedConns - 1 // one, and another while pgx waits for a broken one to end
 	follow, err := pgxpool.NewWithConfig(ctx, fc)
 	if err != nil {
 		pool.Close()
 		return nil, unavailable("open the primary", err)
 	}
-	p := &primaryDB{pool: pool, follow: follow, direct: direct.ConnConfig, keys: cfg.Keys}
+	p := &primaryDB{pool: pool, follow: follow, listen: direct.ConnConfig.Copy(), direct: direct.ConnConfig, keys: cfg.Keys,
+		verbs: make(chan struct{}, servers.verbs(direct.ConnConfig))}
+	servers.ownPool(p.listen)
+	servers.single(p.direct)
 	if err := p.checkRealm(ctx); err != nil {
 		pool.Close()
 		follow.Close()
@@ -302,12 +313,19 @@ func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context
 	if ctx, err = begin(ctx); err != nil {
 		return nil, nil, err
 	}
+	select {
+	case p.verbs <- struct{}{}:
+	case <-ctx.Done():
+		return nil, nil, fmt.Errorf("%w: as many verbs are at work as this node's budget of connections allows: %w", ErrInProgress, ctx.Err())
+	}
 	conn, err := pgx.ConnectConfig(ctx, p.direct)
 	if err != nil {
+		<-p.verbs
 		return nil, nil, unavailable("lock", err)
 	}
 	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, id); err != nil {
 		closeConn(conn)
+		<-p.verbs
 		if ctx.Err() != nil {
 			return nil, nil, fmt.Errorf("%w: its lock was not free in time: %w", ErrInProgress, ctx.Err())
 		}
@@ -328,6 +346,7 @@ func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context
 		<-watched
 		lost(nil)
 		closeConn(conn)
+		<-p.verbs
 	}, nil
 }
 

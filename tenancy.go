@@ -80,6 +80,7 @@ type Tenancy struct {
 	refused    *refusedHints
 	feed       *feed
 	migrations migrations
+	servers    *servers
 	pools      *lease.Table[ID, *tenantPool]
 	hostPool   *pgxpool.Pool // nil: no host data
 	db, host   *TenantAwareDB
@@ -134,11 +135,16 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 	if err != nil {
 		return nil, err
 	}
-	primary, err := openPrimary(ctx, cfg)
+	servers := newServers(cfg.Limits)
+	host, err := hostConfig(cfg, servers)
 	if err != nil {
 		return nil, err
 	}
-	tn := &Tenancy{cfg: cfg, realm: primary.realm, primary: primary, migrations: m, provisions: make(chan struct{}, cfg.Limits.Provisions)}
+	primary, err := openPrimary(ctx, cfg, servers)
+	if err != nil {
+		return nil, err
+	}
+	tn := &Tenancy{cfg: cfg, realm: primary.realm, primary: primary, servers: servers, migrations: m, provisions: make(chan struct{}, cfg.Limits.Provisions)}
 	tn.catalog = &Catalog{tn}
 	tn.db, tn.host = &TenantAwareDB{tn: tn}, &TenantAwareDB{tn: tn, host: true}
 	tn.managers = make(map[UserKey]bool, len(cfg.HostManagers))
@@ -147,22 +153,23 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 	}
 	tn.refused = newRefusedHints(tn)
 	tn.feed = newFeed(tn)
-	if err := tn.start(ctx); err != nil {
+	if err := tn.start(ctx, host); err != nil {
 		tn.cfg.DrainTimeout = 0
 		return nil, errors.Join(err, tn.Close())
 	}
 	return tn, nil
 }
 
-func (tn *Tenancy) start(ctx context.Context) (err error) {
+func (tn *Tenancy) start(ctx context.Context, host *pgxpool.Config) (err error) {
 	if tn.view, err = newView(tn.primary, tn.cfg.Store, tn.cfg); err != nil {
 		return err
 	}
 	tn.pools = tn.newPools()
 	tn.followers = append(tn.followers, tableFollower[*tenantPool]{tn.pools})
-	if tn.cfg.HostURL != "" {
-		if tn.hostPool, err = openHost(ctx, tn.cfg); err != nil {
-			return err
+	if host != nil {
+		tn.servers.ownPool(host.ConnConfig)
+		if tn.hostPool, err = pgxpool.NewWithConfig(ctx, host); err != nil {
+			return withoutSecrets(err)
 		}
 	}
 	if err := tn.primary.verify(ctx); err != nil {
@@ -259,14 +266,19 @@ func (tn *Tenancy) verifyServers(ctx context.Context) error {
 	return nil
 }
 
-func openHost(ctx context.Context, cfg Config) (*pgxpool.Pool, error) {
+// hostConfig returns the settings of the host's pool, nil without one.
+func hostConfig(cfg Config, servers *servers) (*pgxpool.Config, error) {
+	if cfg.HostURL == "" {
+		return nil, nil
+	}
 	pc, err := pgxpool.ParseConfig(cfg.HostURL)
 	if err != nil || !isURL(cfg.HostURL) {
 		return nil, invalid(errors.New("Config.HostURL: not a PostgreSQL URL"))
 	}
 	pc.ConnConfig.ConnectTimeout = cfg.Limits.ConnectTimeout
-	pool, err := pgxpool.NewWithConfig(ctx, pc)
-	return pool, withoutSecrets(err)
+	pc.PingTimeout = cfg.Limits.PingTimeout
+	servers.setAside(pc.ConnConfig, int(pc.MaxConns))
+	return pc, nil
 }
 
 // DB returns the database of the context's tenant: each call runs on the pool of the tenant in its

@@ -2,6 +2,8 @@ package tenancy
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -71,8 +73,27 @@ func (t *guardedTx) visitOver(s *Session) error {
 
 // Commit never refuses: whose context it is does not matter for the end.
 func (t *guardedTx) Commit(ctx context.Context) error {
+	held := t.c.conn != nil // not a savepoint, whose end is no commit
 	defer t.c.release()
-	return t.Tx.Commit(ctx)
+	err := t.Tx.Commit(ctx)
+	if err == nil || !held || !mayHaveCommitted(err) {
+		return err
+	}
+	e := &Error{Op: "commit", Tenant: t.tenant(), Err: fmt.Errorf("%w: %w", ErrCommitUnknown, err)}
+	if t.pool != nil {
+		e.Name = t.pool.tenant.Name
+	}
+	return e
+}
+
+// mayHaveCommitted says whether err is a lost answer. The server's own refusal is an answer, but not a FATAL one: a session
+// can be ended after its transaction was committed and before it could say so.
+func mayHaveCommitted(err error) bool {
+	if errors.Is(err, pgx.ErrTxClosed) || errors.Is(err, pgx.ErrTxCommitRollback) || pgconn.SafeToRetry(err) {
+		return false
+	}
+	refused, ok := errors.AsType[*pgconn.PgError](err)
+	return !ok || refused.SeverityUnlocalized == "FATAL" || refused.SeverityUnlocalized == "PANIC"
 }
 
 // Rollback never refuses either.

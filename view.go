@@ -178,6 +178,16 @@ func (v *view) forgetTenant(id ID) {
 	v.changes.Add(1) // after the forgetting: who reads the new count finds the old record gone
 }
 
+// reread is record, past what is remembered.
+func (v *view) reread(ctx context.Context, id ID) (*record, error) {
+	v.records.forget(id)
+	if v.stored != nil {
+		v.stored.forget(id)
+	}
+	v.changes.Add(1)
+	return v.record(ctx, id)
+}
+
 // served says whether the tenant may be served now, as an error of the state's class.
 func (r *record) served(op string) error {
 	fail := func(class error, after time.Duration) error {

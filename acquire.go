@@ -1,0 +1,233 @@
+package tenancy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/msmt-go/tenancy/internal/budget"
+)
+
+// markKey is where a connection carries its proof.
+const markKey = "github.com/msmt-go/tenancy.proof"
+
+// proof says which pool a connection was proved for. A connection of another tenant, generation or realm is another pool's.
+type proof struct {
+	pool     *tenantPool
+	conn     *budget.Conn // nil: the budget has not dialled it
+	doubtful bool         // it was unused for so long that it is asked whether it lives; only who has the connection looks
+}
+
+// idleOnly is the key of a context in which the pool must not dial.
+type idleOnly struct{}
+
+// noPermitPause is the wait of an attempt to connect that found no permit.
+const noPermitPause = 5 * time.Millisecond
+
+// errDead is a connection that was closed behind our back, or does not answer. Nothing was sent over it.
+var errDead = errors.New("tenancy: the connection is dead")
+
+// acquire takes a connection that is proved to be the tenant's own, whatever built the pool. Whoever gets one calls release.
+func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
+	var deadline time.Time
+	for stale := false; ; {
+		if stale || !p.account.TryEnter() {
+			if deadline.IsZero() {
+				deadline = time.Now().Add(p.limits.AcquireTimeout)
+			}
+			if err := p.enter(ctx, deadline, stale); err != nil {
+				return nil, err
+			}
+		}
+		conn, err := p.checkOut(ctx)
+		if err == nil {
+			return conn, nil
+		}
+		p.account.Leave()
+		switch {
+		case errors.Is(err, budget.ErrNoPermit): // what seemed to be idle was not
+			stale = true
+		case errors.Is(err, errDead):
+			p.pool.Reset() // the others are as old, and asking each of them would take as long
+			stale = false
+		default:
+			return nil, withoutSecrets(err)
+		}
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// enter waits in line. Where the data source is known to be out of reach, nobody waits.
+func (p *tenantPool) enter(ctx context.Context, deadline time.Time, stale bool) error {
+	if err := p.breaker.open(); err != nil && p.account.Usage().Conns == 0 {
+		return err
+	}
+	err := p.account.Enter(ctx, deadline, stale)
+	switch {
+	case errors.Is(err, budget.ErrFull):
+		return hinted(ErrBusy, "%d calls wait for one of its connections already", p.limits.TenantWaiters)
+	case errors.Is(err, budget.ErrTimeout):
+		return p.waitedInVain(err)
+	}
+	return err
+}
+
+// waitedInVain says why no connection came in time.
+func (p *tenantPool) waitedInVain(err error) error {
+	u := p.account.Usage()
+	if failure, ok := errors.AsType[*connectFailure](err); ok && !isState(failure, "53300") {
+		return failure
+	}
+	if u.Conns == 0 || isState(err, "53300") {
+		return hinted(ErrBusy, "no connection could be opened within %v: the server, or the node's budget of it, has none left (Limits.ServerConns, max_connections)", p.limits.AcquireTimeout)
+	}
+	return hinted(ErrBusy, "none of its %d connections became free within %v", u.Conns, p.limits.AcquireTimeout)
+}
+
+// checkOut takes a connection out of the pool. The caller has been admitted: one is idle.
+func (p *tenantPool) checkOut(ctx context.Context) (*pgxpool.Conn, error) {
+	conn, err := p.pool.Acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.check(ctx, conn.Conn()); err != nil {
+		destroy(ctx, conn)
+		return nil, err
+	}
+	return conn, nil
+}
+
+// check looks at a connection's proof, and asks one that was unused for long whether it lives.
+func (p *tenantPool) check(ctx context.Context, conn *pgx.Conn) error {
+	data := conn.PgConn().CustomData()[markKey]
+	mark, ok := data.(*proof)
+	switch {
+	case data == nil:
+		return p.proveWithin(ctx, conn)
+	case !ok:
+		return hinted(ErrIdentity, "the pool gave out a connection that was proved for another pool: it was marked by other code")
+	case mark.pool != p:
+		return hinted(ErrIdentity, "the pool gave out a connection that was proved for another pool: it was that of tenant id %d, generation %d",
+			mark.pool.tenant.ID, mark.pool.tenant.Generation)
+	case mark.doubtful:
+		bounded, cancel := context.WithTimeout(ctx, p.limits.PingTimeout)
+		defer cancel()
+		if err := conn.Ping(bounded); err != nil {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			return fmt.Errorf("%w: %w", errDead, withoutSecrets(err))
+		}
+		mark.doubtful = false
+	case conn.IsClosed():
+		return errDead
+	}
+	return nil
+}
+
+func (p *tenantPool) proveWithin(ctx context.Context, conn *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, p.limits.ConnectTimeout)
+	defer cancel()
+	return p.prove(ctx, conn)
+}
+
+// release gives a connection back, and its place in the line to the next caller.
+func (p *tenantPool) release(conn *pgxpool.Conn) {
+	c := conn.Conn()
+	if c.IsClosed() || c.PgConn().IsBusy() || c.PgConn().TxStatus() != 'I' { // the pool closes it
+		if mark, ok := c.PgConn().CustomData()[markKey].(*proof); ok && mark.conn != nil {
+			mark.conn.Doom()
+		}
+	} else if p.afterRelease != nil {
+		go func() {
+			defer p.account.Leave()
+			if !p.afterRelease(c) {
+				destroy(context.Background(), conn)
+				return
+			}
+			conn.Release()
+		}()
+		return
+	}
+	conn.Release()
+	p.account.Leave()
+}
+
+// discard is release for a connection that nobody may use again.
+func (p *tenantPool) discard(ctx context.Context, conn *pgxpool.Conn) {
+	destroy(ctx, conn)
+	p.account.Leave()
+}
+
+// destroy closes a connection and tells its pool.
+func destroy(ctx context.Context, conn *pgxpool.Conn) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+	defer cancel()
+	conn.Conn().Close(ctx) // an error changes nothing: the socket is closed either way
+	conn.Release()
+}
+
+// connect has the pool make a connection, for whoever waits for one.
+func (p *tenantPool) connect() (retry time.Duration, err error) {
+	err = p.breaker.do(func() error {
+		ctx, cancel := context.WithTimeout(budget.Making(context.Background()), 2*p.limits.ConnectTimeout) // to connect, and to prove
+		defer cancel()
+		conn, err := p.pool.Acquire(ctx)
+		if err != nil {
+			return withoutSecrets(err)
+		}
+		if budget.Of(conn.Conn().PgConn().Conn()) == nil {
+			p.account.Unseen()
+		}
+		conn.Release()
+		return nil
+	})
+	if errors.Is(err, budget.ErrNoPermit) { // the name has several addresses, and a refused socket of the first still holds the permit
+		return noPermitPause, err
+	}
+	if !isState(err, "53300") {
+		p.crowded.Store(0)
+		return 0, err
+	}
+	// The server, or the login, has no connection left: others than this process's budget have them. Room is made, and
+	// whoever waits waits on.
+	p.server.Shrink()
+	wait := 25 * time.Millisecond << min(p.crowded.Add(1), 4)
+	return wait/2 + rand.N(wait), err
+}
+
+// evict closes one idle connection to make room for another tenant's.
+func (p *tenantPool) evict() bool {
+	ctx, cancel := context.WithTimeout(context.WithValue(context.Background(), idleOnly{}, true), closeTimeout)
+	defer cancel()
+	conn, err := p.pool.Acquire(ctx)
+	if err != nil {
+		return false
+	}
+	destroy(ctx, conn)
+	return true
+}
+
+// outdates says whether an answer of the server means that the pool's other connections are worth nothing: the server goes
+// away, has become read-only, or has plans of tables that are no longer so. See facts on failover in docs/operations.md.
+func outdates(conn *pgconn.PgConn, err *pgconn.PgError) bool {
+	switch err.Code {
+	case "57P01", "57P02", "57P03":
+		return true
+	case "25006": // not where a transaction was begun read-only, which is its owner's business
+		return conn.TxStatus() == 'I' || conn.ParameterStatus("in_hot_standby") == "on" || conn.ParameterStatus("default_transaction_read_only") == "on"
+	}
+	return outdatedPlan(err)
+}
+
+// outdatedPlan is what a statement says that was prepared before a migration. Its text is translated by the server; its origin is not.
+func outdatedPlan(err *pgconn.PgError) bool {
+	return err.Code == "0A000" && err.Routine == "RevalidateCachedQuery"
+}

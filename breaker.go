@@ -1,0 +1,111 @@
+package tenancy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/msmt-go/tenancy/internal/budget"
+	"github.com/sony/gobreaker/v2"
+)
+
+const (
+	breakerFailures = 3           // failures to connect, one after the other, that open it
+	breakerPause    = time.Second // until the next attempt; up to half of it more, so that tenants of one server do not ask it together
+)
+
+// breaker stands before the attempts to connect to one data source. After breakerFailures of them in a row it refuses at once, and lets
+// one attempt through after each pause, until one succeeds. Connections that are open are used meanwhile. Safe for concurrent use.
+type breaker struct {
+	cb    *gobreaker.CircuitBreaker[struct{}]
+	pause time.Duration
+
+	mu    sync.Mutex // guards the fields below
+	last  error      // of the last attempt that failed
+	until time.Time  // when the pause is over
+}
+
+func newBreaker(log *slog.Logger, t Tenant) *breaker {
+	b := &breaker{pause: breakerPause + rand.N(breakerPause/2)}
+	b.cb = gobreaker.NewCircuitBreaker[struct{}](gobreaker.Settings{
+		Timeout:     b.pause,
+		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakerFailures },
+		IsExcluded:  func(err error) bool { return err != nil && !tellsOfSource(err) },
+		OnStateChange: func(_ string, from, to gobreaker.State) {
+			if to == gobreaker.StateOpen {
+				b.mu.Lock()
+				b.until = time.Now().Add(b.pause)
+				last := b.last
+				b.mu.Unlock()
+				if from == gobreaker.StateClosed { // one line for an outage
+					log.Warn("tenancy: a tenant's database cannot be reached; its calls are refused until it can", "tenant", t.ID, "name", t.Name, "error", last)
+				}
+			}
+			if to == gobreaker.StateClosed {
+				log.Info("tenancy: a tenant's database is reached again", "tenant", t.ID, "name", t.Name)
+			}
+		},
+	})
+	return b
+}
+
+// tellsOfSource says whether a failure to connect says something about the data source, and not about ourselves or
+// about who else is connected.
+func tellsOfSource(err error) bool {
+	for _, other := range []error{ErrIdentity, ErrPooler, budget.ErrNoPermit, budget.ErrClosed, context.Canceled} {
+		if errors.Is(err, other) {
+			return false
+		}
+	}
+	return !poolClosed(err) && !isState(err, "53300")
+}
+
+// do runs an attempt, or refuses it with the failure of the last one.
+func (b *breaker) do(attempt func() error) error {
+	_, err := b.cb.Execute(func() (struct{}, error) {
+		err := attempt()
+		if err != nil && tellsOfSource(err) {
+			b.mu.Lock()
+			b.last = err
+			b.mu.Unlock()
+		}
+		return struct{}{}, err
+	})
+	if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
+		return b.refusal()
+	}
+	return err
+}
+
+// open returns the error of an attempt if it would be refused now.
+func (b *breaker) open() error {
+	if b.cb.State() != gobreaker.StateOpen {
+		return nil
+	}
+	return b.refusal()
+}
+
+// state returns "closed", "open" or "half-open".
+func (b *breaker) state() string { return b.cb.State().String() }
+
+func (b *breaker) refusal() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return &refusedAttempt{after: max(time.Until(b.until), 50*time.Millisecond), last: b.last}
+}
+
+// refusedAttempt is an attempt to connect that was not made.
+type refusedAttempt struct {
+	after time.Duration
+	last  error
+}
+
+func (r *refusedAttempt) Error() string {
+	return fmt.Sprintf("no attempt was made, the next one is in %v; the last one: %v", r.after.Round(10*time.Millisecond), r.last)
+}
+
+func (r *refusedAttempt) Unwrap() error { return r.last }

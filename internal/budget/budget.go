@@ -1,0 +1,243 @@
+// Package budget bounds the connections that a process has open at one server, over all its pools.
+//
+// A [Server] has a number of permits; an open socket holds one, from before it is dialled until the server has closed
+// its end. An [Account] is one pool's share. Whoever wants a connection enters the account first: at once while one
+// of its connections is idle, else in a queue, from which it is called when a connection comes back or when a new one
+// was made, whichever is first. New connections are made for the account and not for a caller, and only with a
+// permit, so that nobody ever waits for a permit inside a pool or a dialer, where a connection that comes back would not be seen.
+//
+// When no permit is left, the idle connection of the coldest account makes room. Accounts get permits by turns; those below
+// their floor come first, and the last tenth is for them alone. A connection in use is never closed.
+//
+// # Concurrency
+//
+// Entering an account that has an idle connection, and leaving it, are one atomic operation each, on the account's own word. Everything else
+// happens under one mutex per server that is held for bookkeeping only.
+package budget
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+var (
+	// ErrFull is the error of Enter when as many wait as may.
+	ErrFull = errors.New("budget: too many are waiting for a connection")
+	// ErrTimeout is the error of Enter when no connection came in time. It is joined with what the last attempt to make one failed of.
+	ErrTimeout = errors.New("budget: no connection became free in time")
+	// ErrNoPermit is the error of a dial for which nobody has a permit.
+	ErrNoPermit = errors.New("budget: no permit for a new connection")
+	// ErrClosed is the error after Close.
+	ErrClosed = errors.New("budget: closed")
+)
+
+const (
+	// Cancels is the number of cancel requests that may be under way at once at one server, out of Limits.Total.
+	Cancels = 2
+	// patience is how long an account that has nothing waits before another one's connection is taken from between two of its callers.
+	patience = 20 * time.Millisecond
+)
+
+// Limits of one server.
+type Limits struct {
+	Total int // permits, all included
+	Own   int // of them, set aside for the pools of the library itself
+}
+
+// Shared returns how many permits are left for accounts and for [Server.Dialer].
+func (l Limits) Shared() int { return l.Total - l.Own - Cancels }
+
+// Server is the budget of one server. It is safe for concurrent use, and needs no end.
+type Server struct {
+	limits  Limits
+	spare   int // permits that only an account below its floor gets
+	cancels chan struct{}
+
+	hungry atomic.Int32  // accounts and works that wait for a permit: who leaves an account looks here
+	clock  atomic.Uint64 // counts what happens under mu; the time by which the coldest account is found
+
+	mu       sync.Mutex // guards everything below, and the fields of accounts that say so
+	used     int        // permits of the shared part
+	own      int        // permits of the own part
+	closing  int        // used permits of sockets that are on their way out
+	evicting int        // idle connections that are about to be
+	accounts map[*Account]struct{}
+	poor     queue   // accounts below their floor that want a permit
+	rest     queue   // others that do
+	works    []*work // connections of the library's own, before all accounts
+	owns     []*work // of its pools
+	evicted  int64   // idle connections that have made room
+}
+
+// work is a dial of the library's own that waits for a permit.
+type work struct{ ready chan struct{} }
+
+// NewServer returns a budget of which nothing is used. Limits.Shared has to be at least 1.
+func NewServer(l Limits) *Server {
+	return &Server{limits: l, spare: l.Shared() / 10, cancels: make(chan struct{}, Cancels), accounts: map[*Account]struct{}{}}
+}
+
+// Snapshot is a server's budget at one moment.
+type Snapshot struct {
+	Limits
+	Used    int   // permits in use, of the shared part
+	Closing int   // of them, of connections that the server has not let go yet
+	OwnUsed int   // permits in use, of the own part
+	Cancels int   // cancel requests under way
+	Hungry  int   // accounts that wait for a permit
+	Evicted int64 // idle connections that have made room, ever
+}
+
+// Snapshot returns where the budget stands.
+func (s *Server) Snapshot() Snapshot {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return Snapshot{Limits: s.limits, Used: s.used, Closing: s.closing, OwnUsed: s.own, Cancels: len(s.cancels),
+		Hungry: s.poor.len() + s.rest.len() + len(s.works), Evicted: s.evicted}
+}
+
+// mayGrowLocked says whether a permit is there for a.
+func (s *Server) mayGrowLocked(a *Account) bool {
+	if len(s.works) > 0 {
+		return false
+	}
+	if a.belowFloor() {
+		return s.used < s.limits.Shared()
+	}
+	return s.used < s.limits.Shared()-s.spare
+}
+
+// freeLocked takes a permit back and gives it on.
+func (s *Server) freeLocked() {
+	s.used--
+	s.clock.Add(1)
+	s.serveLocked()
+}
+
+// serveLocked gives free permits to those who wait for one.
+func (s *Server) serveLocked() {
+	for len(s.works) > 0 && s.used < s.limits.Shared() {
+		s.used++
+		close(s.works[0].ready)
+		s.works = s.works[1:]
+	}
+	for {
+		a := s.poor.first()
+		if a == nil || !s.mayGrowLocked(a) {
+			if a = s.rest.first(); a == nil || !s.mayGrowLocked(a) {
+				break
+			}
+		}
+		a.dequeueLocked()
+		a.growLocked() // queues again when it wants more than one
+	}
+	s.countHungryLocked()
+	s.makeRoomLocked(s.shortLocked())
+}
+
+func (s *Server) countHungryLocked() {
+	n := int32(s.poor.len() + s.rest.len() + len(s.works))
+	if s.hungry.Load() != n {
+		s.hungry.Store(n)
+	}
+}
+
+// shortLocked is the number of permits that are wanted and not on their way.
+func (s *Server) shortLocked() int {
+	return s.poor.len() + s.rest.len() + len(s.works) - s.closing - s.evicting
+}
+
+// makeRoom has idle connections closed, of the coldest accounts first, until as many are on their way as are wanted.
+func (s *Server) makeRoom() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.makeRoomLocked(s.shortLocked())
+}
+
+func (s *Server) makeRoomLocked(short int) {
+	for ; short > 0; short-- {
+		var coldest *Account
+		for a := range s.accounts {
+			if a.idleLocked() && (coldest == nil || a.used.Load() < coldest.used.Load()) {
+				coldest = a
+			}
+		}
+		if coldest == nil {
+			return
+		}
+		if coldest.tryEnter() { // else somebody was quicker, and looks here when it leaves
+			coldest.evictLocked()
+		}
+	}
+}
+
+// Shrink has one idle connection closed: for a server that has fewer connections left than the budget believes.
+func (s *Server) Shrink() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.makeRoomLocked(1)
+}
+
+// take waits for a permit of the shared part, before all accounts.
+func (s *Server) take(ctx context.Context) error {
+	return s.waitFor(ctx, &s.works, func() bool {
+		if len(s.works) > 0 || s.used >= s.limits.Shared() {
+			return false
+		}
+		s.used++
+		return true
+	}, s.freeLocked)
+}
+
+// takeOwn waits for a permit of the own part. It is as large as the pools that use it, so who waits waits for the server to let go of a connection.
+func (s *Server) takeOwn(ctx context.Context) error {
+	return s.waitFor(ctx, &s.owns, func() bool {
+		if len(s.owns) > 0 || s.own >= s.limits.Own {
+			return false
+		}
+		s.own++
+		return true
+	}, s.freeOwnLocked)
+}
+
+func (s *Server) freeOwnLocked() {
+	if len(s.owns) > 0 {
+		close(s.owns[0].ready)
+		s.owns = s.owns[1:]
+		return
+	}
+	s.own--
+}
+
+// waitFor calls try under mu, and waits in line when it fails; free gives back what came too late.
+func (s *Server) waitFor(ctx context.Context, line *[]*work, try func() bool, free func()) error {
+	s.mu.Lock()
+	if try() {
+		s.mu.Unlock()
+		return nil
+	}
+	w := &work{ready: make(chan struct{})}
+	*line = append(*line, w)
+	s.countHungryLocked()
+	s.makeRoomLocked(s.shortLocked())
+	s.mu.Unlock()
+
+	select {
+	case <-w.ready:
+		return nil
+	case <-ctx.Done():
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if i := slices.Index(*line, w); i >= 0 {
+		*line = slices.Delete(*line, i, i+1)
+		s.countHungryLocked()
+	} else {
+		free()
+	}
+	return ctx.Err()
+}
