@@ -38,10 +38,15 @@ type answer struct {
 var answers = []answer{
 	{class: errMisdirected, status: http.StatusMisdirectedRequest, name: "not-served",
 		detail: "This node does not serve the tenant."},
+	// Not 503, whatever broke the connection: a caller that tries again by itself would do it twice.
+	{class: tenancy.ErrCommitUnknown, status: http.StatusInternalServerError, name: "outcome-unknown", title: "Outcome unknown",
+		detail: "It is not known whether the change was made: look before you try again."},
 	{class: tenancy.ErrPrimaryUnavailable, status: http.StatusServiceUnavailable, name: "unavailable",
 		detail: "The service cannot look the tenant up at the moment.", retry: 2 * time.Second},
 	{class: tenancy.ErrTenantUnavailable, status: http.StatusServiceUnavailable, name: "tenant-unavailable",
 		detail: "The tenant's database cannot be reached at the moment.", retry: time.Second, members: true},
+	{class: tenancy.ErrBusy, status: http.StatusServiceUnavailable, name: "busy",
+		detail: "The tenant has too many requests under way.", retry: time.Second, members: true},
 	{class: tenancy.ErrClosed, status: http.StatusServiceUnavailable, name: "unavailable",
 		detail: "This node is shutting down.", retry: time.Second},
 	{class: context.Canceled, status: http.StatusServiceUnavailable, name: "unavailable",
@@ -89,8 +94,10 @@ func answerTo(err error) answer {
 	var server interface{ SQLState() string }
 	if errors.As(err, &server) {
 		switch server.SQLState() {
-		case "57P01", "57P02", "57P03": // the session was ended, or the server restarts: the next try is told why, or works
+		case "57P01", "57P02", "57P03", "25006": // the session was ended, or the server restarts or is read-only: the next try is told why, or works
 			return interrupted
+		case "57014": // of statement_timeout, or of an operator
+			return answerTo(context.DeadlineExceeded)
 		}
 	}
 	return failed
