@@ -320,6 +320,7 @@ func (d DataSource) connConfig() (*pgx.ConnConfig, error) {
 	c.Fallbacks = nil
 	c.RuntimeParams = map[string]string{}
 	c.ConnectTimeout = connectTimeout
+	c.DialFunc = dialer().DialContext
 	if d.tlsMode() != "verify-full" {
 		// Whoever answers may be someone else: it must not be able to just ask for the password.
 		c.RequireAuth = "!password"
