@@ -35,12 +35,12 @@ var errDead = errors.New("tenancy: the connection is dead")
 // acquire takes a connection that is proved to be the tenant's own, whatever built the pool. Whoever gets one calls release.
 func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	var deadline time.Time
-	for stale := false; ; {
-		if stale || !p.account.TryEnter() {
+	for missed := 0; ; {
+		if missed > 1 || !p.account.TryEnter() {
 			if deadline.IsZero() {
 				deadline = time.Now().Add(p.limits.AcquireTimeout)
 			}
-			if err := p.enter(ctx, deadline, stale); err != nil {
+			if err := p.enter(ctx, deadline, missed > 1); err != nil {
 				return nil, err
 			}
 		}
@@ -50,11 +50,11 @@ func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 		}
 		p.account.Leave()
 		switch {
-		case errors.Is(err, budget.ErrNoPermit): // what seemed to be idle was not
-			stale = true
+		case errors.Is(err, budget.ErrNoPermit): // what seemed to be idle was not; the first time somebody was just quicker
+			missed++
 		case errors.Is(err, errDead):
 			p.pool.Reset() // the others are as old, and asking each of them would take as long
-			stale = false
+			missed = 0
 		default:
 			return nil, withoutSecrets(err)
 		}

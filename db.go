@@ -293,14 +293,20 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 		// Somebody else closed the pool. Nothing was sent, and the next lease is a new pool's.
 		c, err = db.tn.acquire(ctx, r)
 	}
-	if err != nil && isState(err, "28P01", "28000") {
-		// The login is refused: it may have been another for a moment, which the feed has not told us yet.
+	if err != nil && loginRefused(err) {
+		// It may have been another for a moment, which the feed has not told us yet.
 		c, err = db.tn.acquireAnew(ctx, r, err)
 	}
 	if err != nil {
 		return checkout{}, db.tn.checkoutFailure(op, r.tenant, err)
 	}
 	return c, nil
+}
+
+// loginRefused says whether the server has just refused the tenant's login, and not a while ago.
+func loginRefused(err error) bool {
+	_, before := errors.AsType[*refusedAttempt](err)
+	return !before && isState(err, "28P01", "28000")
 }
 
 // acquireAnew reads the tenant's configuration once more and tries again if it is a newer one.
