@@ -74,11 +74,19 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 	return p.source, nil
 }
 
+// ErrNotClosed: the tenant has moved, or has its new login, and what it left could not be closed or dropped at its server.
+// The validity job tries again.
+var ErrNotClosed = errors.New("tenancy: what the tenant has left is not closed")
+
 // SetDataSource moves the tenant to another place, which [Catalog.Prepare] made for it and the
-// operator filled. The place is proved to be the tenant's own before anything moves; every node
-// then opens new pools and lets the old ones drain. The old place stays as it is.
+// operator filled; one that it has left before will do, too. The tenant goes on being served. The place is proved to be the tenant's own before
+// anything moves; then every node opens new pools there, and the old place is closed at its server: nobody logs in, calls and
+// transactions in flight end where they began and have Config.DrainTimeout for it, and no session is left, also of
+// a node that hears nothing. The old place's data stays, until [Catalog.DropPlace].
 //
-// The error is [ErrInvalid], [ErrIdentity] (the place is another tenant's), [ErrTenantNotFound], [ErrTenantGone], [ErrInProgress] or [ErrPrimaryUnavailable].
+// With [ErrNotClosed] the tenant has moved, and the old place is still to be closed, by the validity job. With any other error it has not moved:
+// [ErrInvalid], [ErrIdentity] (the place is another tenant's), [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady], [ErrNoProvisioner], [ErrInProgress],
+// [ErrPrimaryUnavailable] (whose answer to the last write may be lost: see Catalog.DataSource) or that of the new place's server.
 func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err error) {
 	const op = "set data source"
 	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
@@ -92,6 +100,9 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 	defer release()
 	now, err := c.place(ctx, id)
 	if err != nil {
+		return fail(err)
+	}
+	if err := settled(now.tenant.State); err != nil {
 		return fail(err)
 	}
 	uid, source, err := c.prepared(ctx, c.tn.primary.pool, d)
@@ -110,11 +121,61 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		if err := c.unfence(ctx, id); err != nil {
 			return fail(err)
 		}
-		defer func() { err = errors.Join(err, fencePlace(context.WithoutCancel(ctx), to, 0)) }()
+		defer func() { err = errors.Join(err, fencePlace(context.WithoutCancel(ctx), to, atWork, 0)) }()
 	}
-	if err := c.openPlace(ctx, to); err != nil {
+	if err := c.enterPlace(ctx, now, to); err != nil {
 		return fail(err)
 	}
+	if err := c.move(ctx, op, now, to); err != nil {
+		return err
+	}
+	if to.id == now.id {
+		return nil
+	}
+	if err := c.leavePlace(ctx, now); err != nil {
+		return fail(fmt.Errorf("%w: the tenant has moved, the place at %s that it left was not closed: %w", ErrNotClosed, now.source.Address(), err))
+	}
+	return nil
+}
+
+// settled refuses the states in which a tenant has no place of its own to speak of: it is being made, or was deleted.
+func settled(s State) error {
+	switch s {
+	case StateDeleted, StatePurged:
+		return ErrTenantGone
+	case StateProvisioning:
+		return hinted(ErrTenantNotReady, "its place was never finished: call Create again")
+	}
+	return nil
+}
+
+// enterPlace opens the place that the tenant moves to, and proves it. One that was closed is closed again if nothing comes of the
+// move, which is written before it is opened; one that was prepared and never used stays open for the operator, who fills it.
+func (c *Catalog) enterPlace(ctx context.Context, now, to *place) error {
+	if to.id == now.id {
+		return c.openPlace(ctx, to)
+	}
+	closed, err := isClosed(ctx, to)
+	if err != nil {
+		return err
+	}
+	if closed {
+		if _, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET leaving = now(), updated = now() WHERE id = $1`, to.id); err != nil {
+			return unavailable("open place", err)
+		}
+	}
+	if err := c.openPlace(ctx, to); err != nil {
+		if closed {
+			err = errors.Join(err, c.leavePlace(ctx, to))
+		}
+		return err
+	}
+	return nil
+}
+
+// move writes the tenant's new place, and that the one before is to be closed: a crash from here on is finished by the validity job.
+func (c *Catalog) move(ctx context.Context, op string, now, to *place) error {
+	id, d := now.tenant.ID, to.source
 	return c.write(ctx, op, id, func(tx pgx.Tx) error {
 		state, err := lockRow(ctx, tx, id)
 		if err != nil {
@@ -123,15 +184,24 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		if state == StateDeleted {
 			return ErrTenantGone
 		}
-		sealed, err := c.tn.primary.sealSource(uid, "data_source", d)
+		sealed, err := c.tn.primary.sealSource(to.tenant.UID, "data_source", d)
 		if err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET sealed = $2, updated = now() WHERE id = $1`, source, sealed); err != nil {
+		if to.id != now.id {
+			if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET leaving = now(), updated = now() WHERE id = $1`, now.id); err != nil {
+				return err
+			}
+		}
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET sealed = $2, leaving = NULL, updated = now() WHERE id = $1 AND state = 'made'`, to.id, sealed)
+		if err != nil {
 			return err
 		}
-		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2, generation = generation + 1, updated = now()
-			WHERE id = $1 AND generation = $3`, id, source, now.tenant.Generation)
+		if tag.RowsAffected() == 0 { // DropPlace came before
+			return errOvertaken
+		}
+		tag, err = tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2, generation = generation + 1, updated = now()
+			WHERE id = $1 AND generation = $3`, id, to.id, now.tenant.Generation)
 		if err != nil {
 			return err
 		}
@@ -143,6 +213,18 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		}
 		return changed(ctx, tx, "tenant", id, "")
 	})
+}
+
+// leavePlace waits for the nodes, closes a place that the tenant is not in and writes that it is closed. The tenant's lock is held.
+func (c *Catalog) leavePlace(ctx context.Context, p *place) error {
+	if err := c.tn.feed.awaitNodes(ctx); err != nil {
+		return err
+	}
+	if err := fencePlace(ctx, p, anySession, c.tn.cfg.DrainTimeout); err != nil {
+		return err
+	}
+	_, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET leaving = NULL, updated = now() WHERE id = $1`, p.id)
+	return unavailable("leave place", err)
 }
 
 // DropPlace drops a place that no tenant uses, for good: one that [Catalog.Prepare] made and nobody took, or one that a
@@ -158,13 +240,20 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 		return fail(err)
 	}
 	// Marked before it is dropped: from here on no tenant can take it, and the validity job finishes what a crash leaves.
-	tag, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources d SET state = 'intent', updated = now()
-		WHERE id = $1 AND state = 'made' AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)`, source)
+	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) error {
+		// The row is locked by a statement of its own: the next one sees the tenant that a move has just brought here.
+		if _, err := tx.Exec(ctx, `SELECT FROM tenancy.data_sources WHERE id = $1 FOR UPDATE`, source); err != nil {
+			return err
+		}
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.data_sources d SET state = 'intent', updated = now()
+			WHERE id = $1 AND state = 'made' AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)`, source)
+		if err == nil && tag.RowsAffected() == 0 {
+			err = invalid(errors.New("data source: a tenant uses this place"))
+		}
+		return err
+	})
 	if err != nil {
-		return fail(unavailable("drop place", err))
-	}
-	if tag.RowsAffected() == 0 {
-		return fail(invalid(errors.New("data source: a tenant uses this place")))
+		return fail(refusal("drop place", err))
 	}
 	if err := c.dropUnused(ctx, p); err != nil {
 		return fail(err)
@@ -172,14 +261,20 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 	return nil
 }
 
-// dropUnused drops a place in state intent.
+// dropUnused drops a place in state intent. Sessions there would keep its tables, and go on without a role.
 func (c *Catalog) dropUnused(ctx context.Context, p *place) error {
+	if err := fencePlace(ctx, p, atWork, 0); err != nil {
+		return err
+	}
 	if err := dropPlace(ctx, p, &Receipt{}); err != nil {
 		return err
 	}
-	_, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'dropped', sealed = '', updated = now() WHERE id = $1 AND state = 'intent'`, p.id)
+	_, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET `+placeGone+` WHERE id = $1 AND state = 'intent'`, p.id)
 	return unavailable("drop place", err)
 }
+
+// placeGone is what is written of a place that was dropped.
+const placeGone = `state = 'dropped', sealed = '', next_login = '', next_sealed = NULL, old_login = '', leaving = NULL, updated = now()`
 
 // prepared finds the place that d names among those that Prepare made.
 func (c *Catalog) prepared(ctx context.Context, q querier, d DataSource) (uid UID, source int64, err error) {
@@ -197,9 +292,11 @@ func (c *Catalog) placeByID(ctx context.Context, id int64) (*place, error) {
 	p := place{id: id}
 	var sealed, provisioner []byte
 	db := c.tn.primary
-	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.version, d.server, d.owner, d.runtime, d.sealed, s.provisioner
+	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.version, d.server, d.owner, d.runtime, d.sealed,
+		d.next_login, d.next_sealed, d.old_login, s.provisioner
 		FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE d.id = $1`, id).
-		Scan(&p.tenant.UID, &p.state, &p.version, &p.server, &p.owner, &p.runtime, &sealed, &provisioner)
+		Scan(&p.tenant.UID, &p.state, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
+			&p.nextLogin, &p.nextSealed, &p.oldLogin, &provisioner)
 	if err != nil {
 		return nil, unavailable("read place", err)
 	}
@@ -235,22 +332,29 @@ func (c *Catalog) openPlace(ctx context.Context, p *place) error {
 		return err
 	}
 	defer closeConn(conn)
-	if err := execDDL(ctx, conn, "ALTER ROLE "+ident.Quote(p.source.User)+" LOGIN"); err != nil {
+	if err := execDDL(ctx, conn, "ALTER ROLE "+ident.Quote(p.source.User)+" "+c.tn.mayLogin()); err != nil {
 		return err
 	}
 	return c.tn.proveLogin(ctx, p)
 }
 
+// isClosed asks the server whether the place's login was closed.
+func isClosed(ctx context.Context, p *place) (closed bool, err error) {
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer closeConn(conn)
+	err = conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1 AND NOT rolcanlogin`, p.source.User).Scan(&closed)
+	return closed, err
+}
+
 // fencePlace fences one place as its server's provisioner. One that was never made has nothing to fence.
-func fencePlace(ctx context.Context, p *place, drain time.Duration) error {
+func fencePlace(ctx context.Context, p *place, wait inUse, drain time.Duration) error {
 	conn, err := p.provisionerConn(ctx)
 	if err != nil {
 		return err
 	}
 	defer closeConn(conn)
-	var made bool
-	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, p.source.User).Scan(&made); err != nil || !made {
-		return err
-	}
-	return fence(ctx, conn, p, drain)
+	return fence(ctx, conn, p, wait, drain)
 }

@@ -77,7 +77,7 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'purged', display_name = '', attributes = '{}', message = '', updated = now() WHERE id = $1`, id); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'dropped', sealed = '', updated = now() WHERE id = ANY($1)`, dropped); err != nil {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET `+placeGone+` WHERE id = ANY($1)`, dropped); err != nil {
 			return err
 		}
 		// What is kept of a purged tenant names none of its members.
@@ -120,7 +120,7 @@ func dropPlace(ctx context.Context, p *place, r *Receipt) error {
 	if err != nil {
 		return fmt.Errorf("drop schema %s: %w", p.source.Schema, err)
 	}
-	roles, err := dropRoles(ctx, conn, p.source.User, p.runtime, p.owner)
+	roles, err := dropRoles(ctx, conn, append(p.logins(), p.runtime, p.owner)...)
 	r.Roles = append(r.Roles, roles...)
 	if err != nil {
 		return fmt.Errorf("drop roles of %s: %w", p.source.Schema, err)
@@ -158,11 +158,14 @@ func dropRoles(ctx context.Context, conn *pgx.Conn, roles ...string) (dropped []
 		if !there {
 			continue
 		}
-		if err := execDDL(ctx, conn, "DROP OWNED BY "+ident.Quote(role)+" CASCADE"); err != nil {
-			return dropped, err
-		}
-		if err := execDDL(ctx, conn, "DROP ROLE "+ident.Quote(role)); err != nil {
-			return dropped, err
+		for _, sql := range []string{
+			grantMembership(conn, role, conn.Config().User), // a crash can have left a role that was made and not granted
+			"DROP OWNED BY " + ident.Quote(role) + " CASCADE",
+			"DROP ROLE " + ident.Quote(role),
+		} {
+			if err := execDDL(ctx, conn, sql); err != nil {
+				return dropped, err
+			}
 		}
 		dropped = append(dropped, role)
 	}

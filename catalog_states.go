@@ -105,7 +105,7 @@ func (c *Catalog) fenceTenant(ctx context.Context, p *place, drain time.Duration
 	}
 	var errs []error
 	for _, at := range places { // one that cannot be reached keeps no other one open
-		if err := fencePlace(ctx, at, drain); err != nil {
+		if err := fencePlace(ctx, at, atWork, drain); err != nil {
 			errs = append(errs, fmt.Errorf("the nodes refuse the tenant, its sessions at %s were not ended: %w", at.source.Address(), err))
 		}
 	}

@@ -237,23 +237,25 @@ func TestATenantIsFoundByItsDomain(t *testing.T) {
 	}
 }
 
-// backToVersion1 takes the second version of the primary's schema back, as its migration file says.
+// backToVersion1 takes the later versions of the primary's schema back, the newest first, as their migration files say.
 func backToVersion1(tb testing.TB, admin *pgx.Conn) {
 	tb.Helper()
-	files, err := fs.Glob(primary.Migrations(), "00002_*.sql")
-	if err != nil || len(files) != 1 {
-		tb.Fatalf("the second migration is %q, %v", files, err)
+	files, err := fs.Glob(primary.Migrations(), "*.sql")
+	if err != nil || len(files) != primary.Version {
+		tb.Fatalf("the migrations are %q, %v", files, err)
 	}
-	text, err := fs.ReadFile(primary.Migrations(), files[0])
-	if err != nil {
-		tb.Fatal(err)
+	for _, file := range slices.Backward(files[1:]) {
+		text, err := fs.ReadFile(primary.Migrations(), file)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		_, down, _ := strings.Cut(string(text), "-- +goose Down")
+		if _, err := admin.Exec(tb.Context(), down); err != nil {
+			tb.Fatal(err)
+		}
 	}
-	_, down, _ := strings.Cut(string(text), "-- +goose Down")
-	if _, err := admin.Exec(tb.Context(), down); err != nil {
-		tb.Fatal(err)
-	}
-	must(tb, admin, `DELETE FROM tenancy.goose_db_version WHERE version_id = 2`)
-	for _, column := range []string{"domains.is_primary", "nodes.address"} {
+	must(tb, admin, `DELETE FROM tenancy.goose_db_version WHERE version_id > 1`)
+	for _, column := range []string{"domains.is_primary", "nodes.address", "data_sources.old_login", "data_sources.leaving"} {
 		table, name, _ := strings.Cut(column, ".")
 		if n := scan[int](tb, admin, `SELECT count(*) FROM information_schema.columns WHERE table_schema = 'tenancy' AND table_name = $1 AND column_name = $2`, table, name); n != 0 {
 			tb.Fatalf("%s is still there", column)
@@ -283,12 +285,12 @@ func TestAPrimaryOfTheFirstVersionIsBroughtToTheSecond(t *testing.T) {
 		('z.globex.test', $2, now()), ('y.globex.test', $2, now())`, acme.ID, globex.ID)
 	members := allMembers(t, admin)
 
-	wantError(t, second(open(true)), tenancy.ErrSetup, "version 1", "needs 2", "without Config.CheckPrimaryOnly")
+	wantError(t, second(open(true)), tenancy.ErrSetup, "version 1", fmt.Sprintf("needs %d", primary.Version), "without Config.CheckPrimaryOnly")
 	if n := scan[int](t, admin, `SELECT max(version_id) FROM tenancy.goose_db_version`); n != 1 {
 		t.Fatalf("CheckPrimaryOnly has changed the version to %d", n)
 	}
 	tn = f.Open(t, tenancy.Config{Migrations: noteMigrations})
-	if n := scan[int](t, admin, `SELECT max(version_id) FROM tenancy.goose_db_version`); n != 2 || primary.Version != 2 {
+	if n := scan[int](t, admin, `SELECT max(version_id) FROM tenancy.goose_db_version`); n != primary.Version {
 		t.Errorf("the primary is at version %d, the code at %d", n, primary.Version)
 	}
 	wantDomains(t, tn, acme.ID, "z.acme.test", "a.acme.test")

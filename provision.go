@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -25,8 +27,18 @@ type place struct {
 	runtime string
 	fenced  bool
 
+	nextLogin  string // while a password is rotated; "": none
+	nextSealed []byte
+	next       DataSource // that nextSealed holds; read by intendLogin
+	oldLogin   string     // that nextLogin came after, until it is dropped; "": none
+
 	provisioner    DataSource
 	hasProvisioner bool
+}
+
+// logins are all that the place has: whoever closes it or drops it has to think of each.
+func (p *place) logins() []string {
+	return slices.DeleteFunc([]string{p.source.User, p.nextLogin, p.oldLogin}, func(login string) bool { return login == "" })
 }
 
 // Format keeps the logins inside from being printed by a stray %+v.
@@ -43,9 +55,11 @@ func (c *Catalog) readPlace(ctx context.Context, where string, arg any) (*place,
 	p := place{}
 	var sealed, provisioner []byte
 	db := c.tn.primary
-	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.version, d.server, d.owner, d.runtime, d.sealed, t.fenced IS NOT NULL, s.provisioner
+	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.version, d.server, d.owner, d.runtime, d.sealed,
+		d.next_login, d.next_sealed, d.old_login, t.fenced IS NOT NULL, s.provisioner
 		FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
-		WHERE `+where, arg), &p.id, &p.state, &p.version, &p.server, &p.owner, &p.runtime, &sealed, &p.fenced, &provisioner)
+		WHERE `+where, arg), &p.id, &p.state, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
+		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.fenced, &provisioner)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, ErrTenantNotFound
 	}
@@ -75,10 +89,12 @@ func (c *Catalog) openProvisioner(p *place, sealed []byte) (err error) {
 // search_path is the system's alone, and it never touches rows of a tenant's tables.
 func (p *place) provisionerConn(ctx context.Context) (*pgx.Conn, error) {
 	if !p.hasProvisioner {
-		return nil, hinted(ErrNoProvisioner, "register it with Catalog.AddServer or tenancy.Init")
+		return nil, errNoProvisioner
 	}
 	return connectProvisioner(ctx, p.provisioner)
 }
+
+var errNoProvisioner = hinted(ErrNoProvisioner, "register it with Catalog.AddServer or tenancy.Init")
 
 func connectProvisioner(ctx context.Context, d DataSource) (*pgx.Conn, error) {
 	cc, err := d.connConfig()
@@ -102,7 +118,7 @@ func (c *Catalog) make(ctx context.Context, p *place) error {
 		return err
 	}
 	defer closeConn(conn)
-	if err := makeRoles(ctx, conn, p); err != nil {
+	if err := c.tn.makeRoles(ctx, conn, p); err != nil {
 		return fmt.Errorf("make roles: %w", err)
 	}
 	if err := makeSchema(ctx, conn, p); err != nil {
@@ -124,37 +140,60 @@ func (c *Catalog) make(ctx context.Context, p *place) error {
 	return c.tn.proveLogin(ctx, p)
 }
 
-func makeRoles(ctx context.Context, conn *pgx.Conn, p *place) error {
-	verifier, err := scram.Verifier(p.source.Password.Reveal(), 0)
+func (tn *Tenancy) makeRoles(ctx context.Context, conn *pgx.Conn, p *place) error {
+	for _, role := range []string{p.owner, p.runtime} {
+		if err := makeRole(ctx, conn, role, "NOLOGIN"); err != nil {
+			return err
+		}
+	}
+	if err := tn.makeLogin(ctx, conn, p, p.source); err != nil {
+		return err
+	}
+	return execAll(ctx, conn, "provision", []string{"GRANT " + ident.Quote(tenantsRole(p.source.Database)) + " TO " + ident.Quote(p.owner)})
+}
+
+// makeLogin makes d's user a login of the place: it gets its rights from the groups that it is a member of.
+func (tn *Tenancy) makeLogin(ctx context.Context, conn *pgx.Conn, p *place, d DataSource) error {
+	verifier, err := scram.Verifier(d.Password.Reveal(), 0)
 	if err != nil {
 		return err
 	}
-	group, me := tenantsRole(p.source.Database), conn.Config().User
-	for _, r := range []struct{ name, rights string }{
-		{p.owner, "NOLOGIN"},
-		{p.runtime, "NOLOGIN"},
-		{p.source.User, "LOGIN PASSWORD " + ident.Literal(verifier)},
-	} {
-		var there bool
-		if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, r.name).Scan(&there); err != nil {
-			return err
-		}
-		verb := "CREATE"
-		if there {
-			verb = "ALTER"
-		}
-		// Membership comes first: creating for, dropping of and ending sessions of a role all want it.
-		if err := execAll(ctx, conn, "provision", []string{
-			verb + " ROLE " + ident.Quote(r.name) + " " + r.rights,
-			grantMembership(conn, r.name, me),
-		}); err != nil {
-			return err
-		}
+	if err := makeRole(ctx, conn, d.User, tn.mayLogin()+" PASSWORD "+ident.Literal(verifier)); err != nil {
+		return err
 	}
 	return execAll(ctx, conn, "provision", []string{
-		"GRANT " + ident.Quote(p.runtime) + " TO " + ident.Quote(p.source.User),
-		"GRANT " + ident.Quote(group) + " TO " + ident.Quote(p.owner) + ", " + ident.Quote(p.source.User),
+		"GRANT " + ident.Quote(p.runtime) + " TO " + ident.Quote(d.User),
+		"GRANT " + ident.Quote(tenantsRole(d.Database)) + " TO " + ident.Quote(d.User),
 	})
+}
+
+// makeRole makes the role, or gives the one that is there these rights.
+func makeRole(ctx context.Context, conn *pgx.Conn, name, rights string) error {
+	var there bool
+	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, name).Scan(&there); err != nil {
+		return err
+	}
+	verb := "CREATE"
+	if there {
+		verb = "ALTER"
+	}
+	// Membership comes next: creating for, dropping of and ending sessions of a role all want it.
+	return execAll(ctx, conn, "provision", []string{
+		verb + " ROLE " + ident.Quote(name) + " " + rights,
+		grantMembership(conn, name, conn.Config().User),
+	})
+}
+
+// mayLogin are the rights of a tenant's login that is open. The server's own ceiling on its connections holds for a node that is
+// wrong about its share, and for whoever stole the password. It is twice what the nodes' pools open: while a tenant moves or is migrated
+// an older pool drains beside the new one, and so do the nodes of two releases during a deployment.
+func (tn *Tenancy) mayLogin() string {
+	l := tn.cfg.Limits
+	ceiling := math.MaxInt32 // of the server's own column
+	if nodes := int64(l.Nodes); nodes <= math.MaxInt32/2/int64(l.TenantConns) {
+		ceiling = int(2 * nodes * int64(l.TenantConns))
+	}
+	return fmt.Sprintf("LOGIN CONNECTION LIMIT %d", ceiling)
 }
 
 // makeSchema never uses IF NOT EXISTS: a schema of that name that is not the owner's is another's.
@@ -339,41 +378,72 @@ var errNoMigrations = hinted(ErrNoMigrations, "set Config.Migrations to the serv
 // verifyPlace asks the server whether the privileges are as they must be: what was granted and
 // refused along the way proves nothing, because some refusals are warnings.
 func verifyPlace(ctx context.Context, conn *pgx.Conn, p *place) error {
-	login := ident.Literal(p.source.User)
+	return ask(ctx, conn, append(loginChecks(p, p.source.User),
+		check{`SELECT NOT rolcanlogin FROM pg_roles WHERE rolname = ` + ident.Literal(p.owner), "the owner may still log in", mendPlace}))
+}
+
+const mendPlace = "call it again; if it stays, a default privilege or membership was changed by hand"
+
+// loginChecks are what has to be true of a login of the place.
+func loginChecks(p *place, user string) []check {
+	login := ident.Literal(user)
 	marker, version := ident.Literal(ident.Quote(p.source.Schema, markerTable)), ident.Literal(ident.Quote(p.source.Schema, versionTable))
 	name := ident.Literal(p.source.Schema)
-	fix := "call Create again; if it stays, a default privilege or membership was changed by hand"
 	checks := []check{
-		{`has_schema_privilege(` + login + `, ` + name + `, 'USAGE')`, "the login may not use its schema", fix},
-		{`NOT has_schema_privilege(` + login + `, ` + name + `, 'CREATE')`, "the login may create in its schema", fix},
-		{`NOT has_schema_privilege('public', ` + name + `, 'USAGE')`, "every role may use the schema", fix},
-		{`has_database_privilege(` + login + `, current_database(), 'CONNECT')`, "the login may not connect", fix},
-		{`NOT has_database_privilege(` + login + `, current_database(), 'CREATE')`, "the login may create schemas", fix},
-		{`NOT pg_has_role(` + login + `, ` + ident.Literal(p.owner) + `, 'MEMBER')`, "the login is a member of the owner", fix},
-		{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + login, "the login has rights of the server's", fix},
-		{`SELECT NOT rolcanlogin FROM pg_roles WHERE rolname = ` + ident.Literal(p.owner), "the owner may still log in", fix},
+		{`has_schema_privilege(` + login + `, ` + name + `, 'USAGE')`, "the login may not use its schema", mendPlace},
+		{`NOT has_schema_privilege(` + login + `, ` + name + `, 'CREATE')`, "the login may create in its schema", mendPlace},
+		{`NOT has_schema_privilege('public', ` + name + `, 'USAGE')`, "every role may use the schema", mendPlace},
+		{`has_database_privilege(` + login + `, current_database(), 'CONNECT')`, "the login may not connect", mendPlace},
+		{`NOT has_database_privilege(` + login + `, current_database(), 'CREATE')`, "the login may create schemas", mendPlace},
+		{`NOT pg_has_role(` + login + `, ` + ident.Literal(p.owner) + `, 'MEMBER')`, "the login is a member of the owner", mendPlace},
+		{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + login, "the login has rights of the server's", mendPlace},
 	}
 	for _, table := range []string{marker, version} {
 		checks = append(checks,
-			check{`has_table_privilege(` + login + `, ` + table + `, 'SELECT')`, "the login may not read " + table, fix},
-			check{`NOT has_table_privilege(` + login + `, ` + table + `, 'INSERT, UPDATE, DELETE, TRUNCATE, TRIGGER, REFERENCES')`, "the login may change " + table, fix})
+			check{`has_table_privilege(` + login + `, ` + table + `, 'SELECT')`, "the login may not read " + table, mendPlace},
+			check{`NOT has_table_privilege(` + login + `, ` + table + `, 'INSERT, UPDATE, DELETE, TRUNCATE, TRIGGER, REFERENCES')`, "the login may change " + table, mendPlace})
 	}
-	return ask(ctx, conn, checks)
+	return checks
 }
+
+// inUse says which sessions a fence waits for, before it ends them all.
+type inUse string
+
+const (
+	// atWork are those in a statement or a transaction: for a tenant that goes out of service.
+	atWork inUse = "state <> 'idle'"
+	// anySession is for a login that a node leaves for another one: its sessions end by themselves when its pool is closed, after the
+	// last call. One that looks idle can be a call's that has sent nothing yet.
+	anySession inUse = "true"
+)
 
 // fence makes the server refuse the tenant, whatever any node believes: its logins may not log in, what
 // they are at has the drain's time to finish, and then their sessions end. A node that is paused or cut off is not asked.
-func fence(ctx context.Context, conn *pgx.Conn, p *place, drain time.Duration) error {
-	if err := execDDL(ctx, conn, "ALTER ROLE "+ident.Quote(p.source.User)+" NOLOGIN"); err != nil {
+func fence(ctx context.Context, conn *pgx.Conn, p *place, wait inUse, drain time.Duration) error {
+	return closeLogins(ctx, conn, p.logins(), []string{p.owner}, wait, drain)
+}
+
+// closeLogins is fence for some logins of a place. The sessions of others end with theirs.
+func closeLogins(ctx context.Context, conn *pgx.Conn, logins, others []string, wait inUse, drain time.Duration) error {
+	rows, _ := conn.Query(ctx, `SELECT rolname FROM pg_roles WHERE rolname = ANY($1)`, logins)
+	made, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil || len(made) == 0 { // what was never made has nothing to close
 		return err
 	}
-	roles := []string{p.source.User, p.owner}
-	for end := time.Now().Add(drain); time.Now().Before(end); {
+	for _, login := range made {
+		if err := execDDL(ctx, conn, "ALTER ROLE "+ident.Quote(login)+" NOLOGIN"); err != nil {
+			return err
+		}
+	}
+	roles := append(made, others...)
+	for end, quiet := time.Now().Add(drain), 0; time.Now().Before(end); {
 		var busy int
-		if err := conn.QueryRow(ctx, `SELECT count(*) FROM pg_stat_activity WHERE usename = ANY($1) AND state <> 'idle'`, roles).Scan(&busy); err != nil {
+		if err := conn.QueryRow(ctx, `SELECT count(*) FROM pg_stat_activity WHERE usename = ANY($1) AND `+string(wait), roles).Scan(&busy); err != nil {
 			return fmt.Errorf("drain: %w", err)
 		}
-		if busy == 0 {
+		if quiet++; busy > 0 {
+			quiet = 0
+		} else if quiet == quietLooks {
 			break
 		}
 		select {
@@ -385,11 +455,14 @@ func fence(ctx context.Context, conn *pgx.Conn, p *place, drain time.Duration) e
 	return endSessions(ctx, conn, roles)
 }
 
-// endTimeout bounds the end of a tenant's sessions, which the server's processes come to within milliseconds.
-const endTimeout = 15 * time.Second
+const (
+	// endTimeout bounds the end of a tenant's sessions, which the server's processes come to within milliseconds.
+	endTimeout = 15 * time.Second
+	// quietLooks is how often in a row no session has to be seen: one that passed the login a moment before it was closed is not listed yet.
+	quietLooks = 5
+)
 
-// endSessions ends the sessions of the roles and returns when none is left. One look is not enough: a session that passed
-// the login a moment before it was closed is not listed yet.
+// endSessions ends the sessions of the roles and returns when none is left.
 func endSessions(ctx context.Context, conn *pgx.Conn, roles []string) error {
 	ctx, cancel := context.WithTimeout(ctx, endTimeout)
 	defer cancel()
@@ -401,7 +474,7 @@ func endSessions(ctx context.Context, conn *pgx.Conn, roles []string) error {
 		}
 		if quiet++; left > 0 {
 			quiet = 0
-		} else if quiet == 5 {
+		} else if quiet == quietLooks {
 			return nil
 		}
 		select {

@@ -54,7 +54,7 @@ func (f *feed) check(ctx context.Context) error {
 	if _, err := pool.Exec(ctx, `DELETE FROM tenancy.nodes WHERE seen < now() - interval '1 hour'`); err != nil {
 		return unavailable("validity", err)
 	}
-	return errors.Join(f.tn.catalog.finishFences(ctx), f.tn.catalog.dropUnfinishedPlaces(ctx))
+	return errors.Join(f.tn.catalog.finishFences(ctx), f.tn.catalog.finishPlaces(ctx), f.tn.catalog.dropUnfinishedPlaces(ctx))
 }
 
 // oursToFinish is the condition on a tenant t for a job of this node's: it serves the tenant, or nobody does. $1 are Config.serves, null for all.
@@ -93,6 +93,57 @@ func (c *Catalog) finishFence(ctx context.Context, id ID) error {
 		}
 	}
 	return nil
+}
+
+// finishPlaces finishes the rotations and the moves that a crash, or a server that was out of reach, has cut off. What is left of a
+// tenant that is deleted, its fence closes and its Purge drops.
+func (c *Catalog) finishPlaces(ctx context.Context) error {
+	// In no order: places of one server that is gone for good keep no other one waiting for ever.
+	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT t.id, d.id FROM tenancy.data_sources d JOIN tenancy.tenants t ON t.uid = d.uid JOIN tenancy.servers s ON s.id = d.server
+		WHERE (d.next_login <> '' OR d.old_login <> '' OR d.leaving IS NOT NULL AND d.id <> t.data_source) AND d.state = 'made' AND s.provisioner IS NOT NULL
+		AND t.state IN ('active', 'suspended', 'maintenance') AND d.updated < now() - interval '30 s' AND `+oursToFinish+` ORDER BY random() LIMIT 100`, c.tn.cfg.serves())
+	type unfinished struct {
+		Tenant ID
+		Place  int64
+	}
+	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[unfinished])
+	if err != nil {
+		return unavailable("validity", err)
+	}
+	var errs []error
+	for _, u := range list {
+		if err := c.finishPlace(ctx, u.Tenant, u.Place); err != nil {
+			errs = append(errs, &Error{Op: "finish place", Tenant: u.Tenant, Err: err})
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (c *Catalog) finishPlace(ctx context.Context, id ID, source int64) error {
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer release()
+	p, err := c.place(ctx, id)
+	if err != nil {
+		return err
+	}
+	if settled(p.tenant.State) != nil {
+		return nil
+	}
+	if p.id == source {
+		return c.finishRotation(ctx, p)
+	}
+	left, err := c.placeByID(ctx, source)
+	if err != nil || left.state != "made" {
+		return err
+	}
+	left.tenant = p.tenant
+	if err := c.leavePlace(ctx, left); err != nil {
+		return err
+	}
+	return errors.Join(c.dropNextLogin(ctx, left), c.dropOldLogin(ctx, left))
 }
 
 // dropUnfinishedPlaces removes what a Prepare or a DropPlace that died has left. A place that belongs to a tenant is its Create's to finish.
