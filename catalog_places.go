@@ -74,10 +74,6 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 	return p.source, nil
 }
 
-// ErrNotClosed: the tenant has moved, or has its new login, and what it left could not be closed or dropped at its server.
-// The validity job tries again.
-var ErrNotClosed = errors.New("tenancy: what the tenant has left is not closed")
-
 // SetDataSource moves the tenant to another place, which [Catalog.Prepare] made for it and the
 // operator filled; one that it has left before will do, too. The tenant goes on being served. The place is proved to be the tenant's own before
 // anything moves; then every node opens new pools there, and the old place is closed at its server: nobody logs in, calls and

@@ -55,7 +55,7 @@ func (c *Catalog) AddServer(ctx context.Context, s ServerConfig) error {
 	if err := c.tn.primary.sameProvisioner(ctx, d); err != nil {
 		return err
 	}
-	if err := verifyServer(ctx, d, c.tn.cfg.Extensions); err != nil {
+	if err := verifyServer(ctx, c.tn.servers, d, c.tn.cfg.Extensions); err != nil {
 		return fmt.Errorf("tenancy: add server %q: %w", name, err)
 	}
 	if err := c.tn.primary.registerServer(ctx, name, d); err != nil {

@@ -63,6 +63,9 @@ var (
 	ErrUserLimit = errors.New("tenancy: the tenant's user limit is reached")
 	// ErrInvalid: a value from outside was refused; the text names the field and the rule.
 	ErrInvalid = errors.New("tenancy: invalid value")
+	// ErrNotClosed: the tenant has moved, or has its new login, and what it left could not be closed or dropped at its server.
+	// The validity job tries again.
+	ErrNotClosed = errors.New("tenancy: what the tenant has left is not closed")
 	// ErrInProgress: another node is working on the same tenant.
 	ErrInProgress = errors.New("tenancy: another operation on this tenant is in progress")
 	// ErrBusy: too many calls wait for a connection of the tenant, or none came in time. Nothing was sent.

@@ -71,7 +71,8 @@ func Init(ctx context.Context, admin AdminConfig) error {
 		return err
 	}
 	cfg := Config{PrimaryURL: admin.PrimaryURL, Keys: admin.Keys}.withDefaults()
-	p, err := openPrimary(ctx, cfg, newServers(cfg.Limits))
+	servers := newServers(cfg.Limits)
+	p, err := openPrimary(ctx, cfg, servers)
 	if err != nil {
 		return err
 	}
@@ -89,7 +90,7 @@ func Init(ctx context.Context, admin AdminConfig) error {
 	if err := p.registerServer(ctx, name, server); err != nil {
 		return err
 	}
-	return errors.Join(p.verify(ctx), verifyServer(ctx, server, len(admin.Extensions) > 0))
+	return errors.Join(p.verify(ctx), verifyServer(ctx, servers, server, len(admin.Extensions) > 0))
 }
 
 // apart refuses one database for the primary and the tenants, under whatever address.

@@ -51,6 +51,10 @@ func openPrimary(ctx context.Context, cfg Config, servers *servers) (*primaryDB,
 	if err := servers.check(); err != nil {
 		return nil, err
 	}
+	listen := direct.ConnConfig.Copy()
+	servers.ownPool(pc.ConnConfig)
+	servers.ownPool(listen)
+	servers.single(direct.ConnConfig)
 	if cfg.ListenURL != cfg.PrimaryURL {
 		if err := sameDatabase(ctx, pc.ConnConfig, direct.ConnConfig); err != nil {
 			return nil, err
@@ -59,7 +63,6 @@ func openPrimary(ctx context.Context, cfg Config, servers *servers) (*primaryDB,
 	if err := preparePrimary(ctx, cfg, direct.ConnConfig); err != nil {
 		return nil, err
 	}
-	servers.ownPool(pc.ConnConfig)
 	pool, err := pgxpool.NewWithConfig(ctx, pc)
 	if err != nil {
 		return nil, unavailable("open the primary", err)
@@ -71,10 +74,8 @@ func openPrimary(ctx context.Context, cfg Config, servers *servers) (*primaryDB,
 		pool.Close()
 		return nil, unavailable("open the primary", err)
 	}
-	p := &primaryDB{pool: pool, follow: follow, listen: direct.ConnConfig.Copy(), direct: direct.ConnConfig, keys: cfg.Keys,
+	p := &primaryDB{pool: pool, follow: follow, listen: listen, direct: direct.ConnConfig, keys: cfg.Keys,
 		verbs: make(chan struct{}, servers.verbs(direct.ConnConfig))}
-	servers.ownPool(p.listen)
-	servers.single(p.direct)
 	if err := p.checkRealm(ctx); err != nil {
 		pool.Close()
 		follow.Close()
@@ -97,6 +98,7 @@ func primaryConfig(url string, connectTimeout time.Duration) (*pgxpool.Config, e
 	pc.ConnConfig.RuntimeParams["search_path"] = "pg_catalog"
 	pc.ConnConfig.RuntimeParams["application_name"] = "tenancy"
 	pc.ConnConfig.ConnectTimeout = connectTimeout
+	pc.ConnConfig.DialFunc = dialer().DialContext
 	return pc, nil
 }
 

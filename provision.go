@@ -32,6 +32,7 @@ type place struct {
 	next       DataSource // that nextSealed holds; read by intendLogin
 	oldLogin   string     // that nextLogin came after, until it is dropped; "": none
 
+	servers        *servers // by whose budgets it is connected to
 	provisioner    DataSource
 	hasProvisioner bool
 }
@@ -76,6 +77,7 @@ func (c *Catalog) readPlace(ctx context.Context, where string, arg any) (*place,
 }
 
 func (c *Catalog) openProvisioner(p *place, sealed []byte) (err error) {
+	p.servers = c.tn.servers
 	if sealed == nil {
 		return nil
 	}
@@ -91,18 +93,19 @@ func (p *place) provisionerConn(ctx context.Context) (*pgx.Conn, error) {
 	if !p.hasProvisioner {
 		return nil, errNoProvisioner
 	}
-	return connectProvisioner(ctx, p.provisioner)
+	return connectProvisioner(ctx, p.servers, p.provisioner)
 }
 
 var errNoProvisioner = hinted(ErrNoProvisioner, "register it with Catalog.AddServer or tenancy.Init")
 
-func connectProvisioner(ctx context.Context, d DataSource) (*pgx.Conn, error) {
+func connectProvisioner(ctx context.Context, servers *servers, d DataSource) (*pgx.Conn, error) {
 	cc, err := d.connConfig()
 	if err != nil {
 		return nil, err
 	}
 	cc.RuntimeParams["search_path"] = "pg_catalog"
 	cc.RuntimeParams["application_name"] = "tenancy provisioner"
+	servers.single(cc)
 	conn, err := pgx.ConnectConfig(ctx, cc)
 	if err != nil {
 		return nil, fmt.Errorf("provisioner at %s: %w", d.Address(), withoutSecrets(err))
@@ -268,6 +271,7 @@ func (c *Catalog) asOwner(ctx context.Context, provisioner *pgx.Conn, p *place, 
 	}
 	cc.RuntimeParams["search_path"] = searchPath(p.source.Schema, c.tn.cfg.Extensions, c.tn.cfg.ReferenceTables)
 	cc.RuntimeParams["application_name"] = "tenancy migration"
+	c.tn.servers.single(cc)
 	return fn(ctx, cc)
 }
 

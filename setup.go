@@ -70,8 +70,8 @@ func (p *primaryDB) verify(ctx context.Context) error {
 }
 
 // verifyServer checks the provisioner and the tenants' database, asked as the provisioner.
-func verifyServer(ctx context.Context, d DataSource, extensions bool) error {
-	conn, err := connectProvisioner(ctx, d)
+func verifyServer(ctx context.Context, servers *servers, d DataSource, extensions bool) error {
+	conn, err := connectProvisioner(ctx, servers, d)
 	if err != nil {
 		return err
 	}

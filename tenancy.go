@@ -250,13 +250,13 @@ func (tn *Tenancy) verifyServers(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err := verifyServer(ctx, d, tn.cfg.Extensions); err != nil {
+		if err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions); err != nil {
 			return err
 		}
 		return tn.primary.registerServer(ctx, name, d)
 	}
 	for _, d := range sources {
-		err := verifyServer(ctx, d, tn.cfg.Extensions)
+		err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions)
 		if errors.Is(err, ErrSetup) {
 			return err
 		} else if err != nil {
