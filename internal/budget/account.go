@@ -3,6 +3,7 @@ package budget
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -15,11 +16,11 @@ type AccountConfig struct {
 	Waiters int // the most callers that wait in Enter
 	// Connect makes a connection, or finds an idle one, and gives it to the pool. It runs in a goroutine of its own with a permit that
 	// a dial with the context of [Making] takes. With retry above 0 the callers go on waiting, and it is called again after that time; otherwise
-	// err is the error of the caller for whom it was called.
+	// err is the error of the caller for whom it was called. A panic is such an error: no caller's goroutine would meet it.
 	Connect func() (retry time.Duration, err error)
 	// Evict closes one idle connection, and says whether there was one. It must not dial. It runs in a goroutine of its own.
 	Evict func() bool
-	// Idle says whether the pool has an idle connection. It is asked when the account was wrong about that.
+	// Idle says whether the pool has an idle connection. It is asked when the account may be wrong about that.
 	Idle func() bool
 }
 
@@ -41,21 +42,26 @@ type Account struct {
 	refused atomic.Int64 // callers who found too many waiting, or waited in vain
 
 	// Guarded by server.mu.
-	waiters  []*waiter
-	reserved int       // permits that no socket has taken yet
-	making   int       // calls of Connect under way
-	line     *queue    // where it waits for a permit; nil: nowhere
-	since    time.Time // since when
-	paused   bool      // Connect asked to be called later
-	failed   error     // of the last Connect, nil when it succeeded
-	doubted  uint64    // the state in which Evict found nothing; 0: none
-	open     map[*Conn]struct{}
-	closed   bool
+	waiters   []*waiter
+	making    int        // calls of Connect under way
+	unclaimed []*attempt // those of them whose permit no socket has taken yet
+	line      *queue     // where it waits for a permit; nil: nowhere
+	since     time.Time  // since when
+	spared    time.Time  // until when no connection of it makes room
+	paused    bool       // Connect asked to be called later
+	failed    error      // of the last Connect, nil when it succeeded or nobody waits any more
+	dialled   bool       // the budget has seen a socket of it
+	open      map[*Conn]struct{}
+	closed    bool
 }
 
 type waiter struct {
 	ready chan error // holds one
+	stale bool       // the pool had no connection for it although the account believed so
 }
+
+// attempt is one call of Connect, and its permit. Which of several calls a dial belongs to is not known: it takes the oldest permit.
+type attempt struct{ over bool }
 
 const (
 	oneBusy   = 1
@@ -113,15 +119,15 @@ func (a *Account) Enter(ctx context.Context, deadline time.Time, stale bool) err
 		return ErrFull
 	}
 	defer a.waiting.Add(-1)
-	w := &waiter{ready: make(chan error, 1)}
-	admitted, err := a.enqueue(w, stale)
+	w := &waiter{ready: make(chan error, 1), stale: stale}
+	admitted, err := a.enqueue(w)
 	if admitted || err != nil {
 		return err
 	}
 	began := time.Now()
 	a.waits.Add(1)
 	defer func() { a.waited.Add(int64(time.Since(began))) }()
-	return a.await(ctx, w, deadline, stale)
+	return a.await(ctx, w, deadline)
 }
 
 // staleWait is how often a caller looks who found the pool without the idle connection that the account believed in: one that
@@ -129,11 +135,11 @@ func (a *Account) Enter(ctx context.Context, deadline time.Time, stale bool) err
 const staleWait = 5 * time.Millisecond
 
 // await waits until w is called.
-func (a *Account) await(ctx context.Context, w *waiter, deadline time.Time, stale bool) error {
+func (a *Account) await(ctx context.Context, w *waiter, deadline time.Time) error {
 	timer := time.NewTimer(time.Until(deadline))
 	defer timer.Stop()
 	var look <-chan time.Time
-	if stale {
+	if w.stale {
 		ticker := time.NewTicker(staleWait)
 		defer ticker.Stop()
 		look = ticker.C
@@ -155,8 +161,8 @@ func (a *Account) await(ctx context.Context, w *waiter, deadline time.Time, stal
 	}
 }
 
-// enqueue puts w in line, unless a connection is idle after all.
-func (a *Account) enqueue(w *waiter, stale bool) (admitted bool, err error) {
+// enqueue puts w in line, unless a connection is idle after all. Who is stale was called already, and comes first.
+func (a *Account) enqueue(w *waiter) (admitted bool, err error) {
 	a.server.mu.Lock()
 	defer a.server.mu.Unlock()
 	if a.closed {
@@ -164,7 +170,7 @@ func (a *Account) enqueue(w *waiter, stale bool) (admitted bool, err error) {
 	}
 	for {
 		s := a.state.Load()
-		if !stale && s&queued == 0 && busyOf(s) < connsOf(s) {
+		if !w.stale && s&queued == 0 && busyOf(s) < connsOf(s) {
 			if a.state.CompareAndSwap(s, s+oneBusy) {
 				return true, nil
 			}
@@ -172,7 +178,11 @@ func (a *Account) enqueue(w *waiter, stale bool) (admitted bool, err error) {
 			break
 		}
 	}
-	a.waiters = append(a.waiters, w)
+	if w.stale {
+		a.waiters = slices.Insert(a.waiters, 0, w)
+	} else {
+		a.waiters = append(a.waiters, w)
+	}
 	a.growLocked()
 	return false, nil
 }
@@ -193,14 +203,35 @@ func (a *Account) giveUp(w *waiter, err error) error {
 	}
 	defer s.mu.Unlock()
 	a.waiters = slices.Delete(a.waiters, i, i+1)
-	a.calmLocked()
 	switch {
 	case err == nil:
 		a.add(oneBusy)
 	case errors.Is(err, ErrTimeout) && a.failed != nil:
-		return errors.Join(err, a.failed)
+		err = errors.Join(err, a.failed)
 	}
+	a.balanceLocked()
 	return err
+}
+
+// callLocked takes the first who waits out of the line.
+func (a *Account) callLocked(err error) {
+	w := a.waiters[0]
+	a.waiters[0] = nil
+	a.waiters = a.waiters[1:]
+	w.ready <- err
+}
+
+// balanceLocked brings everybody up to date after something has changed: who waits beside a connection that nobody uses
+// is called, others have connections made, and when nobody waits the mark is cleared and room made for other accounts.
+func (a *Account) balanceLocked() {
+	// One who is stale knows better, looks by itself, and holds up the others: each of them is called in vain once at most.
+	for s := a.state.Load(); len(a.waiters) > 0 && !a.waiters[0].stale && busyOf(s) < connsOf(s); s = a.state.Load() {
+		a.add(oneBusy)
+		a.callLocked(nil)
+	}
+	a.calmLocked()
+	a.growLocked()
+	a.offerLocked()
 }
 
 // calmLocked clears the mark of those who wait when nobody does.
@@ -208,10 +239,13 @@ func (a *Account) calmLocked() {
 	if len(a.waiters) > 0 {
 		return
 	}
+	if !a.paused {
+		a.failed = nil
+	}
 	a.dequeueLocked()
 	for {
 		s := a.state.Load()
-		if a.state.CompareAndSwap(s, s&^queued) {
+		if s&queued == 0 || a.state.CompareAndSwap(s, s&^queued) {
 			return
 		}
 	}
@@ -235,7 +269,9 @@ func (a *Account) Leave() {
 		}
 	}
 	if a.server.hungry.Load() != 0 {
-		a.server.makeRoom()
+		a.server.mu.Lock()
+		defer a.server.mu.Unlock()
+		a.offerLocked()
 	}
 }
 
@@ -245,42 +281,66 @@ func (a *Account) leaveSlow() {
 	s := a.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	state := a.state.Load()
-	if busyOf(state) > connsOf(state) { // the connection was closed: there is nothing to give
-		a.add(-oneBusy)
-		a.growLocked()
-		return
+	idle := true
+	if a.doubtfulLocked() {
+		s.mu.Unlock()
+		idle = a.cfg.Idle()
+		s.mu.Lock()
 	}
-	if s.shortLocked() > 0 && s.overdueLocked(a) {
+	switch {
+	case !idle:
+		a.add(-oneBusy)
+	case s.shortLocked() > 0 && s.overdueLocked(a):
+		a.dequeueLocked() // to the end: its turn would come first again
 		a.evictLocked()
 		return
+	default:
+		a.handOverLocked()
 	}
-	a.handOverLocked()
+	a.balanceLocked()
+}
+
+// doubtfulLocked says whether who leaves may leave nothing behind: the connection was closed, or, though another one's
+// was, comes back; or the first who waits has been called in vain before, and would be again, and again.
+func (a *Account) doubtfulLocked() bool {
+	state := a.state.Load()
+	return busyOf(state) > connsOf(state) || len(a.waiters) > 0 && a.waiters[0].stale
 }
 
 // handOverLocked gives what the caller has entered for to the first who waits.
 func (a *Account) handOverLocked() {
-	if len(a.waiters) == 0 {
+	if len(a.waiters) > 0 {
+		a.callLocked(nil)
+	} else {
 		a.add(-oneBusy)
-		a.calmLocked()
-		a.server.makeRoomLocked(a.server.shortLocked())
-		return
 	}
-	w := a.waiters[0]
-	a.waiters = a.waiters[1:]
-	w.ready <- nil
-	a.calmLocked()
 }
 
-// overdueLocked says whether somebody else has waited for so long that a connection of a is theirs.
+// overdueLocked says whether somebody else has waited for so long that a connection of a is theirs: one that has none, or
+// would not have more than a afterwards. Otherwise the two would take it from each other for ever, at a connect each time.
 func (s *Server) overdueLocked(a *Account) bool {
+	now := time.Now()
+	if a.spared.After(now) {
+		return false
+	}
 	if len(s.works) > 0 {
 		return true
 	}
 	for _, q := range []*queue{&s.poor, &s.rest} {
-		if first := q.first(); first != nil && first != a {
-			return time.Since(first.since) > patience
+		b := q.firstBut(a)
+		if b == nil {
+			continue
 		}
+		if now.Sub(b.since) <= patience {
+			return false
+		}
+		if has := connsOf(b.state.Load()); has == 0 || has+1 < connsOf(a.state.Load()) {
+			return true
+		}
+		q.remove(b) // others behind it may have less
+		q.push(b)
+		b.since = now
+		return false
 	}
 	return false
 }
@@ -293,70 +353,74 @@ func (a *Account) growLocked() {
 	for !a.closed && !a.paused && len(a.waiters) > a.making && connsOf(a.state.Load()) < a.cfg.Ceiling {
 		if !s.mayGrowLocked(a) {
 			a.queueLocked()
-			s.makeRoomLocked(s.shortLocked())
 			return
 		}
 		s.used++
 		s.clock.Add(1)
 		s.accounts[a] = struct{}{}
-		a.reserved++
+		at := &attempt{}
+		a.unclaimed = append(a.unclaimed, at)
 		a.making++
 		a.add(oneConn + oneBusy)
-		go a.connect()
+		go a.connect(at)
 	}
 	a.dequeueLocked()
 }
 
 // connect calls Connect and tells who waits of the outcome.
-func (a *Account) connect() {
-	retry, err := time.Duration(0), errors.New("budget: Connect panicked")
-	defer func() { a.connected(retry, err) }()
+func (a *Account) connect(at *attempt) {
+	retry, err := time.Duration(0), errors.New("budget: Connect ended its goroutine")
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("budget: Connect panicked: %v", p)
+		}
+		a.connected(at, retry, err)
+	}()
 	retry, err = a.cfg.Connect()
 }
 
-func (a *Account) connected(retry time.Duration, err error) {
+func (a *Account) connected(at *attempt, retry time.Duration, err error) {
 	s := a.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	a.making--
 	a.failed = err
-	if a.reserved > a.making { // it needed no socket, or got none
-		a.reserved--
+	at.over = true
+	if i := slices.Index(a.unclaimed, at); i >= 0 { // it needed no socket, or got none
+		a.unclaimed = slices.Delete(a.unclaimed, i, i+1)
 		a.add(-oneConn)
 		a.settleLocked()
 		defer s.freeLocked()
+	} else if err == nil {
+		a.spareLocked()
 	}
 	a.used.Store(s.clock.Load())
-	if err == nil {
+	switch {
+	case err == nil:
 		a.handOverLocked()
-		return
-	}
-	a.add(-oneBusy)
-	if retry > 0 {
+	case retry > 0:
+		a.add(-oneBusy)
 		a.paused = true
 		time.AfterFunc(retry, a.resume)
-		return
+	default:
+		a.add(-oneBusy)
+		if len(a.waiters) > 0 {
+			a.callLocked(err)
+		}
 	}
-	if len(a.waiters) > 0 {
-		w := a.waiters[0]
-		a.waiters = a.waiters[1:]
-		w.ready <- err
-		a.calmLocked()
-	}
-	a.growLocked()
+	a.balanceLocked()
 }
 
 func (a *Account) resume() {
 	a.server.mu.Lock()
 	defer a.server.mu.Unlock()
 	a.paused = false
-	a.growLocked()
-	a.server.countHungryLocked()
+	a.balanceLocked()
 }
 
 // settleLocked forgets a when it holds no permit.
 func (a *Account) settleLocked() {
-	if len(a.open) == 0 && a.reserved == 0 {
+	if len(a.open) == 0 && len(a.unclaimed) == 0 {
 		delete(a.server.accounts, a)
 	}
 }
@@ -364,28 +428,52 @@ func (a *Account) settleLocked() {
 // idleLocked says whether a connection of a can make room.
 func (a *Account) idleLocked() bool {
 	s := a.state.Load()
-	return s&queued == 0 && busyOf(s) < connsOf(s) && s != a.doubted && connsOf(s) < unbounded
+	return s&queued == 0 && busyOf(s) < connsOf(s) && connsOf(s) < unbounded
 }
+
+// offerLocked makes room when a has become idle. Those that were idle before were asked when the need arose.
+func (a *Account) offerLocked() {
+	s := a.server
+	for s.shortLocked() > 0 && a.idleLocked() {
+		if wait := time.Until(a.spared); wait > 0 {
+			s.lookLocked(wait)
+			return
+		}
+		if a.tryEnter() { // else somebody was quicker
+			a.evictLocked()
+		}
+	}
+}
+
+// spareLocked keeps a's connections for a moment: a new one has not paid for itself, and where Evict found none it would again.
+func (a *Account) spareLocked() { a.spared = time.Now().Add(patience) }
 
 // evictLocked closes one of a's idle connections. The caller has entered for it.
 func (a *Account) evictLocked() {
-	s := a.server
-	s.evicting++
+	a.server.evicting++
 	go func() {
-		done := a.cfg.Evict()
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.evicting--
-		if done {
-			s.evicted++
-			a.add(-oneBusy)
-			a.growLocked()
-		} else {
-			a.handOverLocked()
-			a.doubted = a.state.Load()
-		}
-		s.makeRoomLocked(s.shortLocked())
+		done := false
+		defer func() {
+			_ = recover() // what panics here does so in Connect too, which tells of it
+			a.evicted(done)
+		}()
+		done = a.cfg.Evict()
 	}()
+}
+
+func (a *Account) evicted(done bool) {
+	s := a.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.evicting--
+	if done {
+		s.evicted++
+	} else {
+		a.spareLocked()
+	}
+	a.add(-oneBusy)
+	a.balanceLocked()
+	s.makeRoomLocked(s.shortLocked()) // its permit may be somebody's already, who has been followed by others
 }
 
 // queueLocked lines a up for a permit.
@@ -398,15 +486,18 @@ func (a *Account) queueLocked() {
 	if a.line == line {
 		return
 	}
-	if a.line == nil {
-		a.since = time.Now()
-		a.starved.Add(1)
-	} else {
+	if a.line != nil {
 		a.line.remove(a)
+		a.line = line
+		line.push(a)
+		return
 	}
+	a.since = time.Now()
+	a.starved.Add(1)
 	a.line = line
 	line.push(a)
 	s.countHungryLocked()
+	s.makeRoomLocked(s.shortLocked())
 }
 
 func (a *Account) dequeueLocked() {
@@ -419,32 +510,31 @@ func (a *Account) dequeueLocked() {
 }
 
 // Unseen tells that the pool's connections are not dialled by the account: then it bounds nothing and makes nobody wait.
+// A pool that has dialled with it goes on being counted: its Conn was only out of sight, under a wrapper.
 func (a *Account) Unseen() {
 	s := a.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if connsOf(a.state.Load()) >= unbounded {
+	if a.dialled || connsOf(a.state.Load()) >= unbounded {
 		return
 	}
 	a.add(unbounded * oneConn)
-	for _, w := range a.waiters {
+	for len(a.waiters) > 0 {
 		a.add(oneBusy)
-		w.ready <- nil
+		a.callLocked(nil)
 	}
-	a.waiters = nil
 	a.calmLocked()
 }
 
-// Close refuses everybody who waits and who comes. What is open stays so.
+// Close refuses everybody who waits, and who would have to. What is open stays so.
 func (a *Account) Close() {
 	s := a.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	a.closed = true
-	for _, w := range a.waiters {
-		w.ready <- ErrClosed
+	for len(a.waiters) > 0 {
+		a.callLocked(ErrClosed)
 	}
-	a.waiters = nil
 	a.calmLocked()
 }
 
@@ -478,6 +568,16 @@ func (q *queue) first() *Account {
 		return nil
 	}
 	return q.list[0]
+}
+
+// firstBut is the first that is not a.
+func (q *queue) firstBut(a *Account) *Account {
+	for _, b := range q.list {
+		if b != a {
+			return b
+		}
+	}
+	return nil
 }
 
 func (q *queue) push(a *Account) { q.list = append(q.list, a) }

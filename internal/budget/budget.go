@@ -38,7 +38,8 @@ var (
 const (
 	// Cancels is the number of cancel requests that may be under way at once at one server, out of Limits.Total.
 	Cancels = 2
-	// patience is how long an account that has nothing waits before another one's connection is taken from between two of its callers.
+	// patience is how long an account waits before another one's connection is taken from between two of its callers, and how long a
+	// new connection is kept for the account that it was made for: changing hands costs a connect.
 	patience = 20 * time.Millisecond
 )
 
@@ -64,7 +65,9 @@ type Server struct {
 	used     int        // permits of the shared part
 	own      int        // permits of the own part
 	closing  int        // used permits of sockets that are on their way out
+	late     int        // of them, those that nobody counts on any more
 	evicting int        // idle connections that are about to be
+	looking  bool       // a timer will look for idle connections
 	accounts map[*Account]struct{}
 	poor     queue   // accounts below their floor that want a permit
 	rest     queue   // others that do
@@ -148,31 +151,51 @@ func (s *Server) countHungryLocked() {
 
 // shortLocked is the number of permits that are wanted and not on their way.
 func (s *Server) shortLocked() int {
-	return s.poor.len() + s.rest.len() + len(s.works) - s.closing - s.evicting
+	return s.poor.len() + s.rest.len() + len(s.works) - (s.closing - s.late) - s.evicting
 }
 
-// makeRoom has idle connections closed, of the coldest accounts first, until as many are on their way as are wanted.
-func (s *Server) makeRoom() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.makeRoomLocked(s.shortLocked())
-}
-
+// makeRoomLocked has idle connections closed, of the coldest accounts first, until as many are on their way as are wanted.
+// It looks at every account, so it is for when something is wanted; who becomes idle later offers itself.
 func (s *Server) makeRoomLocked(short int) {
+	now, later := time.Now(), time.Duration(0)
 	for ; short > 0; short-- {
 		var coldest *Account
 		for a := range s.accounts {
-			if a.idleLocked() && (coldest == nil || a.used.Load() < coldest.used.Load()) {
+			if !a.idleLocked() {
+				continue
+			}
+			if wait := a.spared.Sub(now); wait > 0 {
+				if later == 0 || wait < later {
+					later = wait
+				}
+			} else if coldest == nil || a.used.Load() < coldest.used.Load() {
 				coldest = a
 			}
 		}
 		if coldest == nil {
-			return
+			break
 		}
-		if coldest.tryEnter() { // else somebody was quicker, and looks here when it leaves
+		if coldest.tryEnter() { // else somebody was quicker, and offers it when it leaves
 			coldest.evictLocked()
 		}
 	}
+	if short > 0 && later > 0 {
+		s.lookLocked(later)
+	}
+}
+
+// lookLocked has room made after a while, when no account is spared any more that was.
+func (s *Server) lookLocked(after time.Duration) {
+	if s.looking {
+		return
+	}
+	s.looking = true
+	time.AfterFunc(after, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.looking = false
+		s.makeRoomLocked(s.shortLocked())
+	})
 }
 
 // Shrink has one idle connection closed: for a server that has fewer connections left than the budget believes.

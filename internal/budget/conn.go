@@ -2,8 +2,10 @@ package budget
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,6 +17,7 @@ type DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error
 const (
 	lingerTimeout  = 5 * time.Second        // a process of the server that is at work notices late that its client left
 	lingerOneSided = 250 * time.Millisecond // where the socket cannot be closed by halves, nothing more is said to the server
+	lingerUsual    = 100 * time.Millisecond // after which nobody counts on the permit any more, and another connection makes room
 )
 
 // Conn is a socket that holds a permit until the server has closed its end: only then is the connection gone there too.
@@ -26,24 +29,47 @@ type Conn struct {
 	shared  bool   // the permit is of the shared part
 	free    func() // gives the permit back; called once, under server.mu
 
-	doomed atomic.Bool // no longer counted among the account's connections
 	closed atomic.Bool
+	inUse  sync.RWMutex // held for reading by every Read and Write
 	freed  sync.Once
+
+	// Guarded by server.mu.
+	doomed bool // no longer counted among the account's connections
+	gone   bool // nor among the server's
+	late   bool // nor among those that make room
 }
 
 // Doom says that the connection will be closed and serves nobody any more.
 func (c *Conn) Doom() {
-	if c.doomed.Swap(true) {
-		return
-	}
 	c.server.mu.Lock()
 	defer c.server.mu.Unlock()
+	c.doomLocked()
+}
+
+func (c *Conn) doomLocked() {
+	if c.doomed {
+		return
+	}
+	c.doomed = true
 	if c.shared {
 		c.server.closing++
+		time.AfterFunc(lingerUsual, c.delayed)
 	}
 	if c.account != nil {
 		c.account.add(-oneConn)
 		c.account.growLocked()
+	}
+}
+
+// delayed has another connection make room when the server does not let this one go.
+func (c *Conn) delayed() {
+	s := c.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !c.gone {
+		c.late = true
+		s.late++
+		s.makeRoomLocked(s.shortLocked())
 	}
 }
 
@@ -53,7 +79,7 @@ func (c *Conn) Close() error {
 		return net.ErrClosed
 	}
 	c.Doom()
-	_ = c.Conn.SetDeadline(time.Unix(1, 0)) // whoever reads is woken
+	_ = c.Conn.SetDeadline(time.Unix(1, 0)) // whoever reads or writes is woken
 	go c.linger()
 	return nil
 }
@@ -65,16 +91,19 @@ func (c *Conn) linger() {
 	if half, ok := c.Conn.(interface{ CloseWrite() error }); !ok || half.CloseWrite() != nil {
 		bound = lingerOneSided
 	}
-	// Not a deadline: who had the connection may set one at this moment.
+	// Not a deadline: who had the connection may set one at this moment, and that is not the server's end.
 	timer := time.AfterFunc(bound, func() { c.Conn.Close() })
 	defer timer.Stop()
-	_ = c.Conn.SetDeadline(time.Time{})
-	_, _ = io.Copy(io.Discard, c.Conn)
+	c.inUse.Lock() // whoever was woken and finds the deadline gone goes on sleeping
+	defer c.inUse.Unlock()
+	for err := os.ErrDeadlineExceeded; errors.Is(err, os.ErrDeadlineExceeded); {
+		_ = c.Conn.SetDeadline(time.Time{})
+		_, err = io.Copy(io.Discard, c.Conn)
+	}
 }
 
 // Abort closes the socket at once, under the hands of whoever uses it.
 func (c *Conn) Abort() {
-	c.Doom()
 	c.closed.Store(true)
 	c.release()
 }
@@ -84,8 +113,13 @@ func (c *Conn) release() {
 		c.Conn.Close()
 		c.server.mu.Lock()
 		defer c.server.mu.Unlock()
+		c.doomLocked()
+		c.gone = true
 		if c.shared {
 			c.server.closing--
+		}
+		if c.late {
+			c.server.late--
 		}
 		if c.account != nil {
 			delete(c.account.open, c)
@@ -93,6 +127,34 @@ func (c *Conn) release() {
 		}
 		c.free()
 	})
+}
+
+func (c *Conn) Read(b []byte) (int, error) {
+	if !c.begin() {
+		return 0, net.ErrClosed
+	}
+	defer c.inUse.RUnlock()
+	return c.Conn.Read(b)
+}
+
+func (c *Conn) Write(b []byte) (int, error) {
+	if !c.begin() {
+		return 0, net.ErrClosed
+	}
+	defer c.inUse.RUnlock()
+	return c.Conn.Write(b)
+}
+
+// begin keeps linger off until the caller ends it with inUse.RUnlock. It fails after Close.
+func (c *Conn) begin() bool {
+	if !c.inUse.TryRLock() {
+		return false
+	}
+	if c.closed.Load() {
+		c.inUse.RUnlock()
+		return false
+	}
+	return true
 }
 
 // SetDeadline, SetReadDeadline and SetWriteDeadline do nothing after Close.
@@ -151,13 +213,13 @@ func (r *Route) Dial(ctx context.Context, network, addr string) (net.Conn, error
 	if r.established.Load() {
 		return a.server.dialCancel(ctx, r.dial, network, addr)
 	}
-	reserved, err := a.claim(ctx.Value(making{}) != nil)
+	at, err := a.claim(ctx.Value(making{}) != nil)
 	if err != nil {
 		return nil, err
 	}
 	inner, err := r.dial(ctx, network, addr)
 	if err != nil {
-		a.unclaim(reserved)
+		a.unclaim(at)
 		return nil, err
 	}
 	c := &Conn{Conn: inner, account: a, route: r, server: a.server, shared: true, free: a.server.freeLocked}
@@ -174,46 +236,50 @@ type making struct{}
 // Making returns the context for a dial of AccountConfig.Connect: it alone takes the permit that is reserved for it.
 func Making(ctx context.Context) context.Context { return context.WithValue(ctx, making{}, true) }
 
-// claim takes a permit that was reserved, or a free one.
-func (a *Account) claim(making bool) (reserved bool, err error) {
+// claim takes a permit of an attempt's, or a free one; then there is no attempt.
+func (a *Account) claim(making bool) (*attempt, error) {
 	s := a.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if making && a.reserved > 0 {
-		a.reserved--
-		return true, nil
+	if making && len(a.unclaimed) > 0 {
+		at := a.unclaimed[0]
+		a.unclaimed = a.unclaimed[1:]
+		return at, nil
 	}
 	if connsOf(a.state.Load()) >= a.cfg.Ceiling || !s.mayGrowLocked(a) || s.poor.len()+s.rest.len() > 0 {
-		return false, ErrNoPermit
+		return nil, ErrNoPermit
 	}
 	s.used++
 	s.clock.Add(1)
-	s.accounts[a] = struct{}{}
 	a.add(oneConn)
-	return false, nil
+	return nil, nil
 }
 
-func (a *Account) unclaim(reserved bool) {
+func (a *Account) unclaim(at *attempt) {
 	s := a.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if reserved {
-		a.reserved++ // for another address, or for connected to give back
+	if at != nil && !at.over {
+		a.unclaimed = append(a.unclaimed, at) // for another address, or for connected to give back
 		return
 	}
 	a.add(-oneConn)
 	a.settleLocked()
+	a.growLocked()
 	s.freeLocked()
 }
 
 // enter writes c into the book, unless Cut came first.
 func (a *Account) enter(c *Conn) bool {
-	a.server.mu.Lock()
-	defer a.server.mu.Unlock()
+	s := a.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if a.open == nil {
 		a.open = map[*Conn]struct{}{}
 	}
 	a.open[c] = struct{}{}
+	a.dialled = true
+	s.accounts[a] = struct{}{} // it may have been forgotten while this was dialled
 	return !a.closed
 }
 

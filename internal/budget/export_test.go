@@ -1,0 +1,41 @@
+package budget
+
+// What tests measure against.
+const (
+	Patience       = patience
+	LingerTimeout  = lingerTimeout
+	LingerOneSided = lingerOneSided
+	LingerUsual    = lingerUsual
+)
+
+// Lock holds the server's mutex until the returned function is called.
+func (s *Server) Lock() (unlock func()) {
+	s.mu.Lock()
+	return s.mu.Unlock
+}
+
+// Books returns how many permits the account has that no socket has taken, its calls of Connect under way, and its sockets.
+func (a *Account) Books() (unclaimed, making, open int) {
+	a.server.mu.Lock()
+	defer a.server.mu.Unlock()
+	return len(a.unclaimed), a.making, len(a.open)
+}
+
+// Give has the account hold n permits, of idle connections that do not exist.
+func Give(a *Account, n int) {
+	s := a.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a.add(int64(n) * oneConn)
+	s.used += n
+	if n > 0 {
+		s.accounts[a] = struct{}{}
+	}
+}
+
+// Starve has each account wait for a permit, of which none is left.
+func Starve(all []*Account) {
+	for _, a := range all {
+		a.enqueue(&waiter{ready: make(chan error, 1)})
+	}
+}
