@@ -48,7 +48,6 @@ func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 		if err == nil {
 			return conn, nil
 		}
-		p.account.Leave()
 		switch {
 		case errors.Is(err, budget.ErrNoPermit): // what seemed to be idle was not; the first time somebody was just quicker
 			missed++
@@ -85,14 +84,22 @@ func (p *tenantPool) waitedInVain(err error) error {
 	if failure, ok := errors.AsType[*connectFailure](err); ok && !isState(failure, "53300") {
 		return failure
 	}
+	if ofLogin(err) {
+		return hinted(ErrBusy, "no connection could be opened within %v: its login's CONNECTION LIMIT is reached (is Limits.Nodes right? Catalog.RotatePassword makes a login with today's limit)", p.limits.AcquireTimeout)
+	}
 	if u.Conns == 0 || isState(err, "53300") {
 		return hinted(ErrBusy, "no connection could be opened within %v: the server, or the node's budget of it, has none left (Limits.ServerConns, max_connections)", p.limits.AcquireTimeout)
 	}
 	return hinted(ErrBusy, "none of its %d connections became free within %v", u.Conns, p.limits.AcquireTimeout)
 }
 
-// checkOut takes a connection out of the pool. The caller has been admitted: one is idle.
-func (p *tenantPool) checkOut(ctx context.Context) (*pgxpool.Conn, error) {
+// checkOut takes a connection out of the pool. The caller has been admitted: one is idle. Without one it has left again.
+func (p *tenantPool) checkOut(ctx context.Context) (checked *pgxpool.Conn, err error) {
+	defer func() {
+		if checked == nil { // also when a hook of the service panics
+			p.account.Leave()
+		}
+	}()
 	conn, err := p.pool.Acquire(ctx)
 	if err != nil {
 		return nil, err
@@ -180,6 +187,9 @@ func (p *tenantPool) connect() (retry time.Duration, err error) {
 		ctx, cancel := context.WithTimeout(budget.Making(context.Background()), 2*p.limits.ConnectTimeout) // to connect, and to prove
 		defer cancel()
 		conn, err := p.pool.Acquire(ctx)
+		if ctx.Err() != nil && err != nil {
+			return &connectFailure{text: fmt.Sprintf("no connection within %v", 2*p.limits.ConnectTimeout), cause: ctx.Err()}
+		}
 		if err != nil {
 			return withoutSecrets(err)
 		}
@@ -196,15 +206,26 @@ func (p *tenantPool) connect() (retry time.Duration, err error) {
 		p.crowded.Store(0)
 		return 0, err
 	}
-	// The server, or the login, has no connection left: others than this process's budget have them. Room is made, and
+	// The server, or the login, has no connection left: others than this process's budget have them. Room is made where it helps, and
 	// whoever waits waits on.
-	p.server.Shrink()
+	if !ofLogin(err) {
+		p.server.Shrink()
+	}
 	wait := 25 * time.Millisecond << min(p.crowded.Add(1), 4)
 	return wait/2 + rand.N(wait), err
 }
 
+// ofLogin says whether "too many connections" is about the login's CONNECTION LIMIT. The text is translated by the server; its origin is not.
+func ofLogin(err error) bool {
+	refused, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && refused.Routine == "InitializeSessionUserId"
+}
+
 // evict closes one idle connection to make room for another tenant's.
 func (p *tenantPool) evict() bool {
+	if !p.built.Load() { // what the builder has opened is still its own
+		return false
+	}
 	ctx, cancel := context.WithTimeout(context.WithValue(context.Background(), idleOnly{}, true), closeTimeout)
 	defer cancel()
 	conn, err := p.pool.Acquire(ctx)

@@ -23,10 +23,13 @@ const (
 type breaker struct {
 	cb    *gobreaker.CircuitBreaker[struct{}]
 	pause time.Duration
+	log   func(outage bool, last error)
 
-	mu    sync.Mutex // guards the fields below
-	last  error      // of the last attempt that failed
-	until time.Time  // when the pause is over
+	mu     sync.Mutex // guards the fields below
+	last   error      // of the last attempt that failed
+	until  time.Time  // when the pause is over
+	outage bool       // it is not closed
+	told   bool       // the outage was logged: one line for each
 }
 
 func newBreaker(log *slog.Logger, t Tenant) *breaker {
@@ -35,21 +38,22 @@ func newBreaker(log *slog.Logger, t Tenant) *breaker {
 		Timeout:     b.pause,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakerFailures },
 		IsExcluded:  func(err error) bool { return err != nil && !tellsOfSource(err) },
-		OnStateChange: func(_ string, from, to gobreaker.State) {
+		OnStateChange: func(_ string, from, to gobreaker.State) { // under the breaker's own lock
+			b.mu.Lock()
+			defer b.mu.Unlock()
 			if to == gobreaker.StateOpen {
-				b.mu.Lock()
 				b.until = time.Now().Add(b.pause)
-				last := b.last
-				b.mu.Unlock()
-				if from == gobreaker.StateClosed { // one line for an outage
-					log.Warn("tenancy: a tenant's database cannot be reached; its calls are refused until it can", "tenant", t.ID, "name", t.Name, "error", last)
-				}
 			}
-			if to == gobreaker.StateClosed {
-				log.Info("tenancy: a tenant's database is reached again", "tenant", t.ID, "name", t.Name)
-			}
+			b.outage = to != gobreaker.StateClosed
 		},
 	})
+	b.log = func(outage bool, last error) {
+		if outage {
+			log.Warn("tenancy: a tenant's database cannot be reached; its calls are refused until it can", "tenant", t.ID, "name", t.Name, "error", last)
+			return
+		}
+		log.Info("tenancy: a tenant's database is reached again", "tenant", t.ID, "name", t.Name)
+	}
 	return b
 }
 
@@ -75,10 +79,22 @@ func (b *breaker) do(attempt func() error) error {
 		}
 		return struct{}{}, err
 	})
+	b.tell()
 	if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
 		return b.refusal()
 	}
 	return err
+}
+
+// tell logs the begin and the end of an outage.
+func (b *breaker) tell() {
+	b.mu.Lock()
+	changed, outage, last := b.outage != b.told, b.outage, b.last
+	b.told = b.outage
+	b.mu.Unlock()
+	if changed {
+		b.log(outage, last)
+	}
 }
 
 // open returns the error of an attempt if it would be refused now.

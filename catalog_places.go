@@ -41,6 +41,12 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 			return fail(ErrTenantGone)
 		}
 		uid = t.UID
+	} else {
+		done, err := c.tn.primary.verb(ctx)
+		if err != nil {
+			return fail(err)
+		}
+		defer done()
 	}
 	var source int64
 	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) (err error) {
@@ -112,12 +118,19 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 	if err != nil {
 		return fail(err)
 	}
-	to.tenant, to.source = now.tenant, d // prove the login as given
+	to.tenant = now.tenant
+	if d.User == to.source.User { // prove the login as given; where it was rotated since, what is known of it
+		to.source = d
+	}
 	if now.tenant.State != StateActive { // the place is opened to be proved, and closed again
 		if err := c.unfence(ctx, id); err != nil {
 			return fail(err)
 		}
-		defer func() { err = errors.Join(err, fencePlace(context.WithoutCancel(ctx), to, atWork, 0)) }()
+		defer func() {
+			if err = closeAgain(ctx, to, err); errors.Is(err, ErrNotClosed) && !errors.As(err, new(*Error)) {
+				err = fail(err)
+			}
+		}()
 	}
 	if err := c.enterPlace(ctx, now, to); err != nil {
 		return fail(err)
@@ -132,6 +145,18 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		return fail(fmt.Errorf("%w: the tenant has moved, the place at %s that it left was not closed: %w", ErrNotClosed, now.source.Address(), err))
 	}
 	return nil
+}
+
+// closeAgain closes a place of a tenant that is out of service, which was opened to be proved. The validity job does it where this fails.
+func closeAgain(ctx context.Context, p *place, err error) error {
+	failed := fencePlace(context.WithoutCancel(ctx), p, atWork, 0)
+	switch {
+	case failed == nil:
+		return err
+	case err == nil:
+		return fmt.Errorf("%w: the tenant is out of service, and its place at %s was not closed again: %w", ErrNotClosed, p.source.Address(), failed)
+	}
+	return errors.Join(err, failed)
 }
 
 // settled refuses the states in which a tenant has no place of its own to speak of: it is being made, or was deleted.
@@ -227,6 +252,11 @@ func (c *Catalog) leavePlace(ctx context.Context, p *place) error {
 // tenant has moved away from. A place in use is [ErrInvalid], as is one that is not known. Other errors are [ErrNoProvisioner] and [ErrPrimaryUnavailable].
 func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 	fail := func(err error) error { return &Error{Op: "drop place", Err: err} }
+	done, err := c.tn.primary.verb(ctx)
+	if err != nil {
+		return fail(err)
+	}
+	defer done()
 	_, source, err := c.prepared(ctx, c.tn.primary.pool, d)
 	if err != nil {
 		return fail(refusal("drop place", err))
@@ -275,7 +305,7 @@ const placeGone = `state = 'dropped', sealed = '', next_login = '', next_sealed 
 // prepared finds the place that d names among those that Prepare made.
 func (c *Catalog) prepared(ctx context.Context, q querier, d DataSource) (uid UID, source int64, err error) {
 	err = q.QueryRow(ctx, `SELECT d.uid, d.id FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
-		WHERE s.host = $1 AND s.port = $2 AND s.database = $3 AND d.schema = $4 AND d.login = $5 AND d.state = 'made'`,
+		WHERE s.host = $1 AND s.port = $2 AND s.database = $3 AND d.schema = $4 AND (d.login = $5 OR $5 LIKE d.schema || '\_l%') AND d.state = 'made'`,
 		d.Host, d.Port, d.Database, d.Schema, d.User).Scan(&uid, &source)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return uid, 0, invalid(fmt.Errorf("data source: %s schema %q with login %q is not a place that Catalog.Prepare made", d.Address(), d.Schema, d.User))

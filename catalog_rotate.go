@@ -2,7 +2,6 @@ package tenancy
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -62,7 +61,7 @@ func (c *Catalog) finishRotation(ctx context.Context, p *place) error {
 
 func (c *Catalog) rotate(ctx context.Context, p *place) (err error) {
 	if p.tenant.State != StateActive { // the login is opened to be proved, and closed again
-		defer func() { err = errors.Join(err, fencePlace(context.WithoutCancel(ctx), p, atWork, 0)) }()
+		defer func() { err = closeAgain(ctx, p, err) }()
 	}
 	for _, step := range c.rotation() {
 		err := step(ctx, p)
@@ -116,7 +115,7 @@ func (c *Catalog) intendLogin(ctx context.Context, p *place) error {
 	return nil
 }
 
-// nextLogin counts on: a place's logins are its name with _l1, _l2 and so on behind it, and one that was dropped does not come again.
+// nextLogin counts on: a place's logins are its name with _l1, _l2 and so on behind it,, so that one which was a place's does not come again.
 // PostgreSQL's 63 bytes are far: a place's name has 22.
 func nextLogin(place, login string) string {
 	n, _ := strconv.Atoi(strings.TrimPrefix(login, place+"_l"))

@@ -137,9 +137,10 @@ type Limits struct {
 	ServerConns int
 	// Nodes is the number of processes that are expected to run at once, those of a rolling deployment included. Default: 1.
 	Nodes int
-	// TenantConns is the most connections of one tenant on one node. Default: 4.
+	// TenantConns is the most connections of one tenant on one node. Default: 4. At most 10,000. Logins are made with a CONNECTION LIMIT of twice
+	// Nodes times this, and keep it when these are raised, until Catalog.RotatePassword.
 	TenantConns int32
-	// TenantFloor is the number of connections that a tenant gets before any other tenant gets more of them. Default: 1.
+	// TenantFloor is the number of connections that a tenant gets before any other tenant gets more of them. Default: 1. At most TenantConns.
 	TenantFloor int32
 	// TenantWaiters is the number of calls that may wait for a connection of one tenant on one node; the next one
 	// is [ErrBusy] at once. Default: 100.
@@ -301,7 +302,8 @@ func (c Config) validate() error {
 func (l Limits) validate() error {
 	errs := []error{
 		atLeast("Limits.ServerConns", l.ServerConns, 1), atLeast("Limits.Nodes", l.Nodes, 1),
-		atLeast("Limits.TenantConns", l.TenantConns, 1), atLeast("Limits.TenantFloor", l.TenantFloor, 1),
+		atLeast("Limits.TenantConns", l.TenantConns, 1), atMost("Limits.TenantConns", l.TenantConns, 10_000),
+		atLeast("Limits.TenantFloor", l.TenantFloor, 1), atMost("Limits.TenantFloor", l.TenantFloor, max(1, l.TenantConns)),
 		atLeast("Limits.TenantWaiters", l.TenantWaiters, 1), atLeast("Limits.PrimaryConns", l.PrimaryConns, 3),
 		within("Limits.TenantIdle", l.TenantIdle, time.Second, 24*time.Hour),
 		within("Limits.ConnIdle", l.ConnIdle, time.Second, 24*time.Hour),
@@ -351,6 +353,13 @@ func (c Config) validateNode() error {
 func atLeast[T int | int32](field string, value, low T) error {
 	if value < low {
 		return invalid(fmt.Errorf("Config.%s is %d: at least %d", field, value, low))
+	}
+	return nil
+}
+
+func atMost[T int | int32](field string, value, high T) error {
+	if value > high {
+		return invalid(fmt.Errorf("Config.%s is %d: at most %d", field, value, high))
 	}
 	return nil
 }

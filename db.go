@@ -45,7 +45,9 @@ type TenantAwareDB struct {
 
 const (
 	rollbackTimeout = 5 * time.Second
-	closeTimeout    = time.Second // for the good-bye on a connection that is given up
+	// leftRollbackTimeout is that of a rollback whose caller's ctx has ended.
+	leftRollbackTimeout = 50 * time.Millisecond
+	closeTimeout        = time.Second // for the good-bye on a connection that is given up
 )
 
 // Exec runs sql and returns its command tag. The connection is given back before it returns.
@@ -56,7 +58,7 @@ func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any)
 			return pgconn.CommandTag{}, err
 		}
 		tag, err := c.exec(ctx, sql, arguments)
-		if again || !mayRepeat(ctx, err) {
+		if again || !mayRepeat(ctx, err) || len(arguments) == 0 && !pgconn.SafeToRetry(err) { // without arguments it may be several statements
 			return tag, err
 		}
 	}
@@ -77,11 +79,11 @@ func mayRepeat(ctx context.Context, err error) bool {
 		return true
 	}
 	refused, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && outdatedPlan(refused) && refused.Where == "" // else a function was at work, which may have committed something
+	return ok && outdatedPlan(refused) && refused.Where == "" // else a function or a procedure was at work, which may have committed something
 }
 
 // Query runs sql and returns its rows. They hold a connection until they are closed, read to the
-// end, or a Scan fails.
+// end, or a Scan fails. args must not be changed before the first Next: the statement may be sent a second time then.
 //
 // The rows are never nil: after an error they are empty and their Err is that error, so it may be
 // ignored where [pgx.CollectRows] and its like follow. What their Conn returns is pgx's own, and only
@@ -118,24 +120,11 @@ func (c *checkout) query(ctx context.Context, sql string, args []any) (pgx.Rows,
 // QueryRow runs sql for its first row. The connection is held until Scan, which also gives the
 // error; [pgx.ErrNoRows] when there is no row.
 func (db *TenantAwareDB) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
-	c, err := db.checkout(ctx, "query")
+	rows, err := db.Query(ctx, sql, args...)
 	if err != nil {
 		return errRow{err}
 	}
-	return &leasedRow{Row: c.queryRow(ctx, sql, args), c: c, ctx: ctx, db: db, sql: sql, args: args}
-}
-
-// queryRow keeps the connection for the row.
-func (c *checkout) queryRow(ctx context.Context, sql string, args []any) pgx.Row {
-	kept := false
-	defer func() {
-		if !kept {
-			c.release()
-		}
-	}()
-	r := c.conn.QueryRow(ctx, sql, args...)
-	kept = true
-	return r
+	return (*leasedRow)(rows.(*leasedRows))
 }
 
 // SendBatch sends the queries of b at once. The connection is held until the results are closed
@@ -241,7 +230,11 @@ func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx 
 	ended := false
 	defer func() { // also for a panic, which goes on afterwards, and for runtime.Goexit
 		if !ended {
-			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
+			bound := rollbackTimeout
+			if ctx.Err() != nil { // the caller has gone, and closing the connection rolls back as well
+				bound = leftRollbackTimeout
+			}
+			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), bound)
 			defer cancel()
 			t.Rollback(undo) // a failure closes the connection, and with it the transaction
 		}
@@ -293,7 +286,7 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 		// Somebody else closed the pool. Nothing was sent, and the next lease is a new pool's.
 		c, err = db.tn.acquire(ctx, r)
 	}
-	if err != nil && loginRefused(err) {
+	if err != nil && isState(err, "28P01", "28000") {
 		// It may have been another for a moment, which the feed has not told us yet.
 		c, err = db.tn.acquireAnew(ctx, r, err)
 	}
@@ -303,15 +296,14 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 	return c, nil
 }
 
-// loginRefused says whether the server has just refused the tenant's login, and not a while ago.
-func loginRefused(err error) bool {
-	_, before := errors.AsType[*refusedAttempt](err)
-	return !before && isState(err, "28P01", "28000")
-}
-
-// acquireAnew reads the tenant's configuration once more and tries again if it is a newer one.
+// acquireAnew reads the tenant's configuration once more and tries again if it is a newer one. Where the server was not asked, because
+// it has refused the login before, neither is the primary: another caller has done that.
 func (tn *Tenancy) acquireAnew(ctx context.Context, r *record, refused error) (checkout, error) {
-	now, err := tn.view.reread(ctx, r.tenant.ID)
+	look := tn.view.reread
+	if _, before := errors.AsType[*refusedAttempt](refused); before {
+		look = tn.view.record
+	}
+	now, err := look(ctx, r.tenant.ID)
 	if err == nil {
 		err = now.served("connect")
 	}
@@ -329,15 +321,21 @@ func (tn *Tenancy) acquire(ctx context.Context, r *record) (checkout, error) {
 	if err != nil {
 		return checkout{}, err
 	}
+	kept := false
+	defer func() { // also when a hook of the service panics
+		if !kept {
+			l.Release()
+		}
+	}()
 	p := l.Value()
 	conn, err := p.acquire(ctx)
 	if err != nil {
 		if poolClosed(err) {
 			l.Discard()
 		}
-		l.Release()
 		return checkout{}, err
 	}
+	kept = true
 	return checkout{conn: conn, pool: p, lease: l}, nil
 }
 
@@ -351,7 +349,12 @@ func (db *TenantAwareDB) checkoutHost(ctx context.Context, op string) (checkout,
 	if db.tn.hostPool == nil {
 		return checkout{}, hinted(ErrNoHostData, "set Config.HostURL")
 	}
-	conn, err := db.tn.hostPool.Acquire(ctx)
+	wait, cancel := context.WithTimeout(ctx, db.tn.cfg.Limits.AcquireTimeout)
+	defer cancel()
+	conn, err := db.tn.hostPool.Acquire(wait)
+	if err != nil && ctx.Err() == nil && wait.Err() != nil {
+		return checkout{}, &Error{Op: op, Name: "host", RetryAfter: busyRetryAfter, Err: hinted(ErrBusy, "no connection to the host's database within %v", db.tn.cfg.Limits.AcquireTimeout)}
+	}
 	if poolClosed(err) {
 		err = ErrClosed
 	}
@@ -368,6 +371,9 @@ func (tn *Tenancy) checkoutFailure(op string, t Tenant, err error) error {
 	tn.logPanic(t, err)
 	e := &Error{Op: op, Tenant: t.ID, Name: t.Name, Err: err}
 	_, connecting := errors.AsType[*connectFailure](err)
+	if _, ok := errors.AsType[*refusedAttempt](err); ok {
+		connecting = true
+	}
 	switch {
 	case errors.Is(err, lease.ErrClosed), errors.Is(err, budget.ErrClosed):
 		e.Err = ErrClosed
@@ -437,12 +443,22 @@ func (r *leasedRows) Next() bool {
 		r.begun = true
 		return true
 	}
-	if !r.begun && mayRepeat(r.ctx, r.Rows.Err()) {
+	if err := r.Rows.Err(); !r.begun && mayRepeat(r.ctx, err) && (pgconn.SafeToRetry(err) || !r.simple()) {
 		r.repeat()
 		return r.Next()
 	}
 	r.Close()
 	return false
+}
+
+// simple says whether the statement was sent by the simple protocol, and may have been several.
+func (r *leasedRows) simple() bool {
+	for _, a := range r.args {
+		if mode, ok := a.(pgx.QueryExecMode); ok {
+			return mode == pgx.QueryExecModeSimpleProtocol
+		}
+	}
+	return r.c.conn == nil || r.c.conn.Conn().Config().DefaultQueryExecMode == pgx.QueryExecModeSimpleProtocol
 }
 
 // repeat sends the statement again, over another connection. Many an error shows at the first row only.
@@ -476,32 +492,29 @@ func (r *leasedRows) Values() ([]any, error) {
 	return values, err
 }
 
-// leasedRow is a [pgx.Row] that gives its connection back after Scan.
-type leasedRow struct {
-	pgx.Row
-	c checkout
-
-	ctx  context.Context // with the fields below, what the statement was
-	db   *TenantAwareDB
-	sql  string
-	args []any
-}
+// leasedRow is a [pgx.Row]: the first of the rows, as pgx makes one of them.
+type leasedRow leasedRows
 
 func (r *leasedRow) Scan(dest ...any) error {
-	err := r.scan(dest)
-	if err == nil || !mayRepeat(r.ctx, err) {
+	rows := (*leasedRows)(r)
+	defer rows.Close() // also when a Scan method of dest panics
+	if err := rows.Err(); err != nil {
 		return err
 	}
-	if r.c, err = r.db.checkout(r.ctx, "query"); err != nil {
-		return err
+	for _, d := range dest {
+		if _, ok := d.(*pgtype.DriverBytes); ok { // it would point into a buffer that is no longer ours
+			return errors.New("cannot scan into *pgtype.DriverBytes from QueryRow")
+		}
 	}
-	r.Row = r.c.queryRow(r.ctx, r.sql, r.args)
-	return r.scan(dest)
-}
-
-func (r *leasedRow) scan(dest []any) error {
-	defer r.c.release() // also when a Scan method of dest panics
-	return r.Row.Scan(dest...)
+	if !rows.Next() {
+		if err := rows.Err(); err != nil {
+			return err
+		}
+		return pgx.ErrNoRows
+	}
+	_ = rows.Scan(dest...) // Err has it
+	rows.Close()
+	return rows.Err()
 }
 
 // leasedBatch is a [pgx.BatchResults] that give their connection back when they are closed, or

@@ -153,6 +153,8 @@ func withoutSecrets(err error) error {
 		f.cause = pg
 	} else if errors.Is(err, budget.ErrNoPermit) {
 		f.cause = budget.ErrNoPermit
+	} else if errors.Is(err, budget.ErrTimeout) {
+		f.cause = hinted(ErrBusy, "no connection of this node's budget came free (Limits.ServerConns)")
 	} else if errors.Is(err, context.DeadlineExceeded) {
 		f.cause = context.DeadlineExceeded
 	} else if errors.Is(err, context.Canceled) {
@@ -187,6 +189,8 @@ func unavailable(op string, err error) error {
 		return err
 	case poolClosed(err):
 		return &Error{Op: op, Err: ErrClosed}
+	case errors.Is(err, budget.ErrTimeout):
+		return &Error{Op: op, RetryAfter: busyRetryAfter, Err: hinted(ErrBusy, "no connection of this node's budget came free (Limits.ServerConns)")}
 	case errors.Is(err, context.Canceled): // the caller's doing, not the primary's
 		return &Error{Op: op, Err: withoutSecrets(err)}
 	}

@@ -85,6 +85,7 @@ func (tn *Tenancy) proveLogin(ctx context.Context, p *place) error {
 // The caller closes conn then.
 func (p *tenantPool) prove(ctx context.Context, conn *pgx.Conn) error {
 	pg := conn.PgConn()
+	established(pg)
 	// First what the server said at login, for free: no statement is sent as a superuser, for whom
 	// a marker that the tenant has turned into a view would be a trap.
 	if err := p.want.login(pg.ParameterStatus("session_authorization"), pg.ParameterStatus("is_superuser")); err != nil {
@@ -103,7 +104,7 @@ func (p *tenantPool) prove(ctx context.Context, conn *pgx.Conn) error {
 		return fmt.Errorf("%w: its marker row cannot be read: %w", ErrIdentity, refused)
 	}
 	if err != nil {
-		return fmt.Errorf("tenancy: asking a connection for its identity: %w", withoutSecrets(err))
+		return &connectFailure{text: "asking a connection for its identity: " + withoutSecrets(err).Error(), cause: err}
 	}
 	if len(results) != 2 {
 		return hinted(ErrIdentity, "it gave %d answers to two questions", len(results))
@@ -113,6 +114,13 @@ func (p *tenantPool) prove(ctx context.Context, conn *pgx.Conn) error {
 	}
 	pg.CustomData()[markKey] = &proof{pool: p, conn: budget.Of(pg.Conn())}
 	return nil
+}
+
+// established says that the connection's further dials are those of cancel requests.
+func established(pg *pgconn.PgConn) {
+	if c := budget.Of(pg.Conn()); c != nil {
+		c.Established()
+	}
 }
 
 // errStandby is a server that cannot be written to: a failover is under way, or the address leads to the wrong one.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"slices"
 	"strconv"
 	"strings"
@@ -186,8 +187,8 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 		switch { // each of these would panic later, where nobody can catch it
 		case cfg.ConnConfig != conn:
 			return nil, invalid(errors.New("Config.PoolConfig replaced ConnConfig: set its fields instead"))
-		case cfg.MaxConns < 1:
-			return nil, invalid(fmt.Errorf("Config.PoolConfig set MaxConns to %d: at least 1", cfg.MaxConns))
+		case cfg.MaxConns < 1 || cfg.MaxConns > c.Limits.TenantConns: // more, and the login's CONNECTION LIMIT would refuse them
+			return nil, invalid(fmt.Errorf("Config.PoolConfig set MaxConns to %d: from 1 to Limits.TenantConns, %d", cfg.MaxConns, c.Limits.TenantConns))
 		case cfg.HealthCheckPeriod <= 0:
 			return nil, invalid(fmt.Errorf("Config.PoolConfig set HealthCheckPeriod to %v: above 0", cfg.HealthCheckPeriod))
 		}
@@ -195,7 +196,7 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 	cfg = cfg.Copy() // a hook that kept cfg cannot change it any more
 	p.account = p.server.NewAccount(budget.AccountConfig{
 		Floor: int(c.Limits.TenantFloor), Ceiling: int(cfg.MaxConns), Waiters: c.Limits.TenantWaiters,
-		Connect: p.connect, Evict: p.evict, Idle: func() bool { return p.pool.Stat().IdleConns() > 0 },
+		Connect: p.connect, Evict: p.evict, Idle: func() bool { return p.built.Load() && p.pool.Stat().IdleConns() > 0 },
 	})
 	p.guard(cfg, pins)
 	return cfg, nil
@@ -213,7 +214,9 @@ func (p *tenantPool) guard(cfg *pgxpool.Config, pins pins) {
 	// The account bounds the tenant. A connection that is broken stays in the pool until the server has let it go, and what
 	// stands in for it must not wait for that.
 	cfg.MaxConns *= 2
-	p.limits.PingTimeout = cfg.PingTimeout
+	if cfg.PingTimeout > 0 {
+		p.limits.PingTimeout = cfg.PingTimeout
+	}
 	ping := cfg.ShouldPing
 	cfg.ShouldPing = func(ctx context.Context, params pgxpool.ShouldPingParams) bool {
 		doubtful := params.IdleDuration > time.Second
@@ -232,9 +235,7 @@ func (p *tenantPool) guard(cfg *pgxpool.Config, pins pins) {
 
 	user := cfg.AfterConnect
 	cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
-		if c := budget.Of(conn.PgConn().Conn()); c != nil {
-			c.Established()
-		}
+		established(conn.PgConn())
 		// pgxpool takes the caller's cancellation away here and has no bound of its own.
 		ctx, cancel := context.WithTimeout(ctx, p.limits.ConnectTimeout)
 		defer cancel()
@@ -265,9 +266,24 @@ func (p *tenantPool) guardDials(cfg *pgxpool.Config, pins pins) {
 			pins.set(cc)
 		}
 		cc.DialFunc = p.account.Route(cc.DialFunc).Dial
+		if wrap := cc.AfterNetConnect; wrap != nil {
+			cc.AfterNetConnect = func(ctx context.Context, cfg *pgconn.Config, conn net.Conn) (net.Conn, error) {
+				over, err := wrap(ctx, cfg, conn)
+				return wrapped{Conn: over, under: conn}, err
+			}
+		}
 		return nil
 	}
 }
+
+// wrapped is a connection of the service's own making, under which the budget still finds its own.
+type wrapped struct {
+	net.Conn
+	under net.Conn
+}
+
+// NetConn returns the connection that was wrapped.
+func (w wrapped) NetConn() net.Conn { return w.under }
 
 // guardErrors has the pool drop its idle connections when the server says that they are worth nothing any more.
 func (p *tenantPool) guardErrors(cc *pgx.ConnConfig) {

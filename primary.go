@@ -315,19 +315,18 @@ func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context
 	if ctx, err = begin(ctx); err != nil {
 		return nil, nil, err
 	}
-	select {
-	case p.verbs <- struct{}{}:
-	case <-ctx.Done():
-		return nil, nil, fmt.Errorf("%w: as many verbs are at work as this node's budget of connections allows: %w", ErrInProgress, ctx.Err())
+	done, err := p.verb(ctx)
+	if err != nil {
+		return nil, nil, err
 	}
 	conn, err := pgx.ConnectConfig(ctx, p.direct)
 	if err != nil {
-		<-p.verbs
+		done()
 		return nil, nil, unavailable("lock", err)
 	}
 	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, id); err != nil {
 		closeConn(conn)
-		<-p.verbs
+		done()
 		if ctx.Err() != nil {
 			return nil, nil, fmt.Errorf("%w: its lock was not free in time: %w", ErrInProgress, ctx.Err())
 		}
@@ -348,8 +347,18 @@ func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context
 		<-watched
 		lost(nil)
 		closeConn(conn)
-		<-p.verbs
+		done()
 	}, nil
+}
+
+// verb waits for a place among the verbs that hold connections. One that has its place waits for no other's.
+func (p *primaryDB) verb(ctx context.Context) (done func(), err error) {
+	select {
+	case p.verbs <- struct{}{}:
+		return func() { <-p.verbs }, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: as many verbs are at work as this node's budget of connections allows: %w", ErrInProgress, ctx.Err())
+	}
 }
 
 // closeConn says goodbye within a bound; a server that does not answer is left.

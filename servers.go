@@ -17,7 +17,8 @@ import (
 
 const (
 	feedConns = 3 // two to read with, one that listens
-	verbConns = 5 // a verb's: its lock, the provisioner, and three of a migration
+	verbConns = 5 // a verb's, at most: its lock, the provisioner, and three of a migration
+	workConns = 3 // kept for verbs: the lock, the provisioner and a proof, so that a tenant that uses up the budget can be suspended
 )
 
 // servers holds this node's budget for each server that it has to do with. Safe for concurrent use.
@@ -58,7 +59,7 @@ func (s *servers) of(host string, port uint16) *budget.Server {
 	defer s.mu.Unlock()
 	b := s.by[key]
 	if b == nil {
-		b = budget.NewServer(budget.Limits{Total: s.total, Own: s.own[key]})
+		b = budget.NewServer(budget.Limits{Total: s.total, Own: s.own[key], Work: workConns})
 		s.by[key] = b
 	}
 	return b

@@ -93,6 +93,9 @@ func mayHaveCommitted(err error) bool {
 		return false
 	}
 	refused, ok := errors.AsType[*pgconn.PgError](err)
+	if ok && refused.Code == "25P03" { // idle_in_transaction_session_timeout struck before the COMMIT arrived
+		return false
+	}
 	return !ok || refused.SeverityUnlocalized == "FATAL" || refused.SeverityUnlocalized == "PANIC"
 }
 

@@ -18,6 +18,7 @@ package budget
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -47,6 +48,7 @@ const (
 type Limits struct {
 	Total int // permits, all included
 	Own   int // of them, set aside for the pools of the library itself
+	Work  int // of the shared ones, kept for [Server.Dialer]: accounts leave so many to it
 }
 
 // Shared returns how many permits are left for accounts and for [Server.Dialer].
@@ -63,6 +65,7 @@ type Server struct {
 
 	mu       sync.Mutex // guards everything below, and the fields of accounts that say so
 	used     int        // permits of the shared part
+	working  int        // of them, those of Dialer
 	own      int        // permits of the own part
 	closing  int        // used permits of sockets that are on their way out
 	late     int        // of them, those that nobody counts on any more
@@ -81,7 +84,7 @@ type work struct{ ready chan struct{} }
 
 // NewServer returns a budget of which nothing is used. Limits.Shared has to be at least 1.
 func NewServer(l Limits) *Server {
-	return &Server{limits: l, spare: l.Shared() / 10, cancels: make(chan struct{}, Cancels), accounts: map[*Account]struct{}{}}
+	return &Server{limits: l, spare: (l.Shared() - l.Work) / 10, cancels: make(chan struct{}, Cancels), accounts: map[*Account]struct{}{}}
 }
 
 // Snapshot is a server's budget at one moment.
@@ -108,10 +111,11 @@ func (s *Server) mayGrowLocked(a *Account) bool {
 	if len(s.works) > 0 {
 		return false
 	}
+	free := s.limits.Shared() - max(s.limits.Work, s.working) - (s.used - s.working)
 	if a.belowFloor() {
-		return s.used < s.limits.Shared()
+		return free > 0
 	}
-	return s.used < s.limits.Shared()-s.spare
+	return free > s.spare
 }
 
 // freeLocked takes a permit back and gives it on.
@@ -125,6 +129,7 @@ func (s *Server) freeLocked() {
 func (s *Server) serveLocked() {
 	for len(s.works) > 0 && s.used < s.limits.Shared() {
 		s.used++
+		s.working++
 		close(s.works[0].ready)
 		s.works = s.works[1:]
 	}
@@ -212,8 +217,14 @@ func (s *Server) take(ctx context.Context) error {
 			return false
 		}
 		s.used++
+		s.working++
 		return true
-	}, s.freeLocked)
+	}, s.freeWorkLocked)
+}
+
+func (s *Server) freeWorkLocked() {
+	s.working--
+	s.freeLocked()
 }
 
 // takeOwn waits for a permit of the own part. It is as large as the pools that use it, so who waits waits for the server to let go of a connection.
@@ -262,5 +273,5 @@ func (s *Server) waitFor(ctx context.Context, line *[]*work, try func() bool, fr
 	} else {
 		free()
 	}
-	return ctx.Err()
+	return fmt.Errorf("%w: %w", ErrTimeout, ctx.Err())
 }

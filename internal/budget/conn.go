@@ -181,9 +181,13 @@ func (c *Conn) SetWriteDeadline(t time.Time) error {
 	return c.Conn.SetWriteDeadline(t)
 }
 
-// Of returns the Conn under c, which may be TLS over it; nil when there is none.
+// Of returns the Conn under c, which may be TLS and others over it; nil when there is none.
 func Of(c net.Conn) *Conn {
-	if over, ok := c.(interface{ NetConn() net.Conn }); ok {
+	for {
+		over, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
 		c = over.NetConn()
 	}
 	conn, _ := c.(*Conn)
@@ -317,7 +321,7 @@ func (s *Server) Dialer(dial DialFunc) DialFunc {
 		if err := s.take(ctx); err != nil {
 			return nil, err
 		}
-		return s.dialOwn(ctx, dial, network, addr, true, s.freeLocked)
+		return s.dialOwn(ctx, dial, network, addr, true, s.freeWorkLocked)
 	}
 }
 

@@ -1,4 +1,4 @@
 package scram
 
-// VerifierWithSalt is Verifier with the salt of a test vector.
-var VerifierWithSalt = verifier
+// Derive makes a verifier with the salt of a test vector, or with a number of iterations to measure.
+var Derive = derive

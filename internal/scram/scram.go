@@ -13,8 +13,9 @@ import (
 )
 
 const (
-	defaultIterations = 4096 // PostgreSQL's default, and the least that RFC 7677 allows
+	defaultIterations = 4096 // PostgreSQL's default, and what RFC 7677 recommends at least
 	maxIterations     = 1_000_000
+	randomIterations  = 1 // PostgreSQL stores 0 and less as well, and then no client logs in
 	saltSize          = 16
 	passwordSize      = 32
 )
@@ -38,14 +39,6 @@ func Password() (string, error) {
 // and server must agree on the form of each character; ASCII means itself in all of them.
 // No error contains the password.
 func Verifier(password string, iterations int) (string, error) {
-	var salt [saltSize]byte
-	if _, err := rand.Read(salt[:]); err != nil {
-		return "", fmt.Errorf("salt: %w", err)
-	}
-	return verifier(password, salt[:], iterations)
-}
-
-func verifier(password string, salt []byte, iterations int) (string, error) {
 	if iterations == 0 {
 		iterations = defaultIterations
 	}
@@ -60,6 +53,33 @@ func verifier(password string, salt []byte, iterations int) (string, error) {
 			return "", errors.New("password must be printable ASCII")
 		}
 	}
+	return salted(password, iterations)
+}
+
+// RandomVerifier is [Verifier] for a password that [Password] made, with a single iteration. Iterations
+// make each guess dearer, and 256 random bits cannot be guessed; the login, where the client derives
+// the key anew for every connection, is what they cost.
+//
+// It refuses a password that has not the form of Password's. That its bytes are random it cannot see.
+func RandomVerifier(password string) (string, error) {
+	b, err := base64.RawURLEncoding.Strict().DecodeString(password)
+	if err != nil || len(b) != passwordSize || len(password) != base64.RawURLEncoding.EncodedLen(passwordSize) { // it skips newlines
+		return "", errors.New("password has not the form that Password gives")
+	}
+	return salted(password, randomIterations)
+}
+
+// salted makes the verifier with a salt of its own.
+func salted(password string, iterations int) (string, error) {
+	var salt [saltSize]byte
+	if _, err := rand.Read(salt[:]); err != nil {
+		return "", fmt.Errorf("salt: %w", err)
+	}
+	return derive(password, salt[:], iterations)
+}
+
+// derive accepts any number of iterations: what a password is worth, its callers know.
+func derive(password string, salt []byte, iterations int) (string, error) {
 	salted, err := pbkdf2.Key(sha256.New, password, salt, iterations, sha256.Size)
 	if err != nil {
 		return "", errors.New("password cannot be derived: PBKDF2 refused") // not wrapped: nothing about the password leaves

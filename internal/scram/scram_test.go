@@ -22,7 +22,7 @@ func TestVerifierServesTheExchangeOfRFC7677(t *testing.T) {
 		nonce = "rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0"
 		auth  = "n=user,r=rOprNGfwEbeRWgbNEkqO,r=" + nonce + ",s=" + salt + ",i=4096,c=biws,r=" + nonce
 	)
-	v, err := scram.VerifierWithSalt("pencil", decode(t, salt), 0)
+	v, err := scram.Derive("pencil", decode(t, salt), 4096)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,6 +68,33 @@ func TestVerifierRefusesWhatNeedsSASLprep(t *testing.T) {
 	}
 }
 
+func TestVerifierOfARandomPasswordHasOneIteration(t *testing.T) {
+	t.Parallel()
+	form := regexp.MustCompile(`^SCRAM-SHA-256\$1:[A-Za-z0-9+/]{22}==\$[A-Za-z0-9+/]{43}=:[A-Za-z0-9+/]{43}=$`)
+	p := password(t)
+	a, err := scram.RandomVerifier(p)
+	if err != nil || !form.MatchString(a) {
+		t.Fatalf("RandomVerifier = %q, %v", a, err)
+	}
+	if b, _ := scram.RandomVerifier(p); a == b {
+		t.Error("two verifiers share a salt")
+	}
+}
+
+func TestRandomVerifierRefusesWhatPasswordDoesNotMake(t *testing.T) {
+	t.Parallel()
+	p := password(t)
+	for name, chosen := range map[string]string{
+		"empty": "", "chosen": "pencil", "phrase": "correct horse battery staple, and a good bit more", "short": p[:42], "long": p + "A", "padded": p + "=",
+		"newline": p + "\n", "newline_inside": p[:20] + "\n" + p[20:], "newline_instead": p[:42] + "\n", "other_alphabet": "+/" + p[2:], "bits_left": p[:42] + "B",
+	} {
+		v, err := scram.RandomVerifier(chosen)
+		if err == nil || v != "" || len(chosen) > 5 && strings.Contains(err.Error(), chosen) {
+			t.Errorf("%s: RandomVerifier(%q) = %q, %v", name, chosen, v, err)
+		}
+	}
+}
+
 func TestPasswordHas256RandomBits(t *testing.T) {
 	t.Parallel()
 	seen := map[string]bool{}
@@ -81,10 +108,22 @@ func TestPasswordHas256RandomBits(t *testing.T) {
 			t.Fatalf("Password() holds %d bytes, %v", len(b), err)
 		}
 	}
-	p, _ := scram.Password()
+	p := password(t)
 	if _, err := scram.Verifier(p, 0); err != nil {
 		t.Error(err)
 	}
+	if _, err := scram.RandomVerifier(p); err != nil {
+		t.Error(err)
+	}
+}
+
+func password(tb testing.TB) string {
+	tb.Helper()
+	p, err := scram.Password()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return p
 }
 
 func decode(t *testing.T, s string) []byte {
