@@ -21,6 +21,7 @@ type proof struct {
 	pool     *tenantPool
 	conn     *budget.Conn // nil: the budget has not dialled it
 	doubtful bool         // it was unused for so long that it is asked whether it lives; only who has the connection looks
+	rested   bool         // it was unused for long enough to look at its socket first, which costs a call of the system
 }
 
 // idleOnly is the key of a context in which the pool must not dial.
@@ -123,7 +124,7 @@ func (p *tenantPool) check(ctx context.Context, conn *pgx.Conn) error {
 	case mark.pool != p:
 		return hinted(ErrIdentity, "the pool gave out a connection that was proved for another pool: it was that of tenant id %d, generation %d",
 			mark.pool.tenant.ID, mark.pool.tenant.Generation)
-	case mark.doubtful:
+	case mark.doubtful || mark.rested && mark.conn != nil && mark.conn.Stirs(): // a good-bye may be waiting to be read, and then what is sent now is lost
 		bounded, cancel := context.WithTimeout(ctx, p.limits.PingTimeout)
 		defer cancel()
 		if err := conn.Ping(bounded); err != nil {
@@ -177,6 +178,9 @@ func (p *tenantPool) discard(ctx context.Context, conn *pgxpool.Conn) {
 func destroy(ctx context.Context, conn *pgxpool.Conn) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 	defer cancel()
+	if c := budget.Of(conn.Conn().PgConn().Conn()); c != nil {
+		c.Doom() // one that broke is closed by pgx when its cancel request has ended, and would count as idle until then
+	}
 	conn.Conn().Close(ctx) // an error changes nothing: the socket is closed either way
 	conn.Release()
 }

@@ -58,7 +58,7 @@ func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any)
 			return pgconn.CommandTag{}, err
 		}
 		tag, err := c.exec(ctx, sql, arguments)
-		if again || !mayRepeat(ctx, err) || len(arguments) == 0 && !pgconn.SafeToRetry(err) { // without arguments it may be several statements
+		if again || !mayRepeat(ctx, err) || len(arguments) == 0 && !neverSent(err) { // without arguments it may be several statements
 			return tag, err
 		}
 	}
@@ -75,11 +75,18 @@ func mayRepeat(ctx context.Context, err error) bool {
 	if err == nil || ctx.Err() != nil {
 		return false
 	}
-	if pgconn.SafeToRetry(err) {
+	if neverSent(err) {
 		return true
 	}
 	refused, ok := errors.AsType[*pgconn.PgError](err)
 	return ok && outdatedPlan(refused) && refused.Where == "" // else a function or a procedure was at work, which may have committed something
+}
+
+// neverSent says whether nothing of a statement has left. pgx's own word is not enough: in the simple protocol, which it takes for
+// statements without arguments and for COMMIT, a connection that breaks before the answer is "conn closed", as if
+// it had been so before. A checkout never gives out a connection that is.
+func neverSent(err error) bool {
+	return pgconn.SafeToRetry(err) && !errors.Is(err, pgconn.ErrConnClosed)
 }
 
 // Query runs sql and returns its rows. They hold a connection until they are closed, read to the
@@ -443,7 +450,7 @@ func (r *leasedRows) Next() bool {
 		r.begun = true
 		return true
 	}
-	if err := r.Rows.Err(); !r.begun && mayRepeat(r.ctx, err) && (pgconn.SafeToRetry(err) || !r.simple()) {
+	if err := r.Rows.Err(); !r.begun && mayRepeat(r.ctx, err) && (neverSent(err) || !r.simple()) {
 		r.repeat()
 		return r.Next()
 	}

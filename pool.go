@@ -227,6 +227,7 @@ func (p *tenantPool) guard(cfg *pgxpool.Config, pins pins) {
 		if mark == nil {
 			return doubtful
 		}
+		mark.rested = params.IdleDuration > time.Millisecond
 		mark.doubtful = mark.doubtful || doubtful // check asks, within bounds that the pool has not
 		return false
 	}

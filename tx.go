@@ -75,8 +75,9 @@ func (t *guardedTx) visitOver(s *Session) error {
 func (t *guardedTx) Commit(ctx context.Context) error {
 	held := t.c.conn != nil // not a savepoint, whose end is no commit
 	defer t.c.release()
+	gone := held && t.c.conn.Conn().IsClosed() // then the server has never heard of the COMMIT
 	err := t.Tx.Commit(ctx)
-	if err == nil || !held || !mayHaveCommitted(err) {
+	if err == nil || !held || gone || !mayHaveCommitted(err) {
 		return err
 	}
 	e := &Error{Op: "commit", Tenant: t.tenant(), Err: fmt.Errorf("%w: %w", ErrCommitUnknown, err)}
@@ -89,7 +90,7 @@ func (t *guardedTx) Commit(ctx context.Context) error {
 // mayHaveCommitted says whether err is a lost answer. The server's own refusal is an answer, but not a FATAL one: a session
 // can be ended after its transaction was committed and before it could say so.
 func mayHaveCommitted(err error) bool {
-	if errors.Is(err, pgx.ErrTxClosed) || errors.Is(err, pgx.ErrTxCommitRollback) || pgconn.SafeToRetry(err) {
+	if errors.Is(err, pgx.ErrTxClosed) || errors.Is(err, pgx.ErrTxCommitRollback) || neverSent(err) {
 		return false
 	}
 	refused, ok := errors.AsType[*pgconn.PgError](err)

@@ -457,7 +457,7 @@ func TestAnOwnDialThatGivesUpLeavesNothingBehind(t *testing.T) {
 				done := make(chan net.Conn, 1)
 				go func() {
 					c, err := kind.dial(ctx, "tcp", "db:5432")
-					if err != nil && err != context.Canceled {
+					if err != nil && !errors.Is(err, context.Canceled) {
 						t.Errorf("%s: %v", kind.name, err)
 					}
 					done <- c

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,8 +27,9 @@ type Conn struct {
 	account *Account // nil: not an account's
 	route   *Route   // nil likewise
 	server  *Server
-	shared  bool   // the permit is of the shared part
-	free    func() // gives the permit back; called once, under server.mu
+	shared  bool     // the permit is of the shared part
+	free    func()   // gives the permit back; called once, under server.mu
+	stir    *stirrer // nil: there is no socket to look at
 
 	closed atomic.Bool
 	inUse  sync.RWMutex // held for reading by every Read and Write
@@ -199,6 +201,26 @@ type Route struct {
 	account     *Account
 	dial        DialFunc
 	established atomic.Bool
+
+	mu     sync.Mutex // guards opened
+	opened []string   // addresses at which a socket was opened: a connection has one for each
+}
+
+// errNothingToCancel refuses a cancel request of a connection that was never established, which pgx sends when a server goes away while
+// it logs in. Nothing runs there, and the socket would look like a connection of the account.
+var errNothingToCancel = errors.New("budget: the connection was never established, there is nothing to cancel")
+
+// again says whether a socket was opened at addr before.
+func (r *Route) again(addr string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Contains(r.opened, addr)
+}
+
+func (r *Route) open(addr string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.opened = append(r.opened, addr)
 }
 
 // Route returns the way of one new connection.
@@ -217,6 +239,9 @@ func (r *Route) Dial(ctx context.Context, network, addr string) (net.Conn, error
 	if r.established.Load() {
 		return a.server.dialCancel(ctx, r.dial, network, addr)
 	}
+	if r.again(addr) {
+		return nil, errNothingToCancel
+	}
 	at, err := a.claim(ctx.Value(making{}) != nil)
 	if err != nil {
 		return nil, err
@@ -226,7 +251,8 @@ func (r *Route) Dial(ctx context.Context, network, addr string) (net.Conn, error
 		a.unclaim(at)
 		return nil, err
 	}
-	c := &Conn{Conn: inner, account: a, route: r, server: a.server, shared: true, free: a.server.freeLocked}
+	r.open(addr)
+	c := &Conn{Conn: inner, account: a, route: r, server: a.server, shared: true, free: a.server.freeLocked, stir: newStirrer(inner)}
 	if !a.enter(c) {
 		c.Abort()
 		return nil, ErrClosed
