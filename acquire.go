@@ -64,6 +64,17 @@ func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	}
 }
 
+// doubtLogin has the tenant's configuration read again because its login was refused: once in a while, however many calls that fails. When
+// it returns, what is remembered is no older than the refusal, or than that while.
+func (p *tenantPool) doubtLogin(v *view) {
+	p.doubtMu.Lock()
+	defer p.doubtMu.Unlock()
+	if time.Since(p.doubted) > breakerPause {
+		p.doubted = time.Now()
+		v.doubt(p.tenant.ID)
+	}
+}
+
 // enter waits in line. Where the data source is known to be out of reach, nobody waits.
 func (p *tenantPool) enter(ctx context.Context, deadline time.Time, stale bool) error {
 	if err := p.breaker.open(); err != nil && p.account.Usage().Conns == 0 {

@@ -115,7 +115,7 @@ func (c *Catalog) intendLogin(ctx context.Context, p *place) error {
 	return nil
 }
 
-// nextLogin counts on: a place's logins are its name with _l1, _l2 and so on behind it,, so that one which was a place's does not come again.
+// nextLogin counts on: a place's logins are its name with _l1, _l2 and so on behind it, so that one which was a place's does not come again.
 // PostgreSQL's 63 bytes are far: a place's name has 22.
 func nextLogin(place, login string) string {
 	n, _ := strconv.Atoi(strings.TrimPrefix(login, place+"_l"))

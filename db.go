@@ -295,7 +295,7 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 	}
 	if err != nil && isState(err, "28P01", "28000") {
 		// It may have been another for a moment, which the feed has not told us yet.
-		c, err = db.tn.acquireAnew(ctx, r, err)
+		c, err = db.tn.acquireAnew(ctx, r, c.pool, err)
 	}
 	if err != nil {
 		return checkout{}, db.tn.checkoutFailure(op, r.tenant, err)
@@ -303,14 +303,14 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 	return c, nil
 }
 
-// acquireAnew reads the tenant's configuration once more and tries again if it is a newer one. Where the server was not asked, because
-// it has refused the login before, neither is the primary: another caller has done that.
-func (tn *Tenancy) acquireAnew(ctx context.Context, r *record, refused error) (checkout, error) {
-	look := tn.view.reread
-	if _, before := errors.AsType[*refusedAttempt](refused); before {
-		look = tn.view.record
+// acquireAnew reads the tenant's configuration once more and tries again if it is a newer one. p is the pool whose login was refused.
+func (tn *Tenancy) acquireAnew(ctx context.Context, r *record, p *tenantPool, refused error) (checkout, error) {
+	if p == nil { // it could not even be built
+		tn.view.doubt(r.tenant.ID)
+	} else {
+		p.doubtLogin(tn.view)
 	}
-	now, err := look(ctx, r.tenant.ID)
+	now, err := tn.view.record(ctx, r.tenant.ID)
 	if err == nil {
 		err = now.served("connect")
 	}
@@ -323,6 +323,7 @@ func (tn *Tenancy) acquireAnew(ctx context.Context, r *record, refused error) (c
 	return tn.acquire(ctx, now)
 }
 
+// acquire leases the tenant's pool and takes a connection out of it. After an error the checkout holds nothing, and names the pool that failed.
 func (tn *Tenancy) acquire(ctx context.Context, r *record) (checkout, error) {
 	l, err := tn.pools.Acquire(ctx, r.tenant.ID, r.tenant.Generation)
 	if err != nil {
@@ -340,7 +341,7 @@ func (tn *Tenancy) acquire(ctx context.Context, r *record) (checkout, error) {
 		if poolClosed(err) {
 			l.Discard()
 		}
-		return checkout{}, err
+		return checkout{pool: p}, err
 	}
 	kept = true
 	return checkout{conn: conn, pool: p, lease: l}, nil

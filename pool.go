@@ -68,6 +68,8 @@ type tenantPool struct {
 	server  *budget.Server
 	breaker *breaker
 	built   atomic.Bool  // pool is set: a builder may have had it connect before
+	doubtMu sync.Mutex   // guards doubted
+	doubted time.Time    // when the login was last refused, and the catalog asked
 	crowded atomic.Int32 // attempts to connect in a row that the server had no connection left for
 
 	afterRelease func(*pgx.Conn) bool // the service's hook; nil: none
@@ -139,6 +141,9 @@ func (m *poolMaker) claim(p *tenantPool) error {
 // close blocks until every connection has come back, so it is called in the background.
 func (m *poolMaker) close(p *tenantPool) {
 	p.account.Close()
+	// Nobody uses what is open. What has not said good-bye soon hangs: pgx waits for a broken connection, and for its cancel request, for 15 s.
+	timer := time.AfterFunc(closeTimeout, p.account.Cut)
+	defer timer.Stop()
 	p.pool.Close()
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -195,7 +200,7 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 	}
 	cfg = cfg.Copy() // a hook that kept cfg cannot change it any more
 	p.account = p.server.NewAccount(budget.AccountConfig{
-		Floor: int(c.Limits.TenantFloor), Ceiling: int(cfg.MaxConns), Waiters: c.Limits.TenantWaiters,
+		Floor: int(c.Limits.TenantFloor), Ceiling: int(cfg.MaxConns), Waiters: c.Limits.TenantWaiters, Patience: c.Limits.PingTimeout,
 		Connect: p.connect, Evict: p.evict, Idle: func() bool { return p.built.Load() && p.pool.Stat().IdleConns() > 0 },
 	})
 	p.guard(cfg, pins)
@@ -227,7 +232,7 @@ func (p *tenantPool) guard(cfg *pgxpool.Config, pins pins) {
 		if mark == nil {
 			return doubtful
 		}
-		mark.rested = params.IdleDuration > time.Millisecond
+		mark.rested = params.IdleDuration > 20*time.Microsecond
 		mark.doubtful = mark.doubtful || doubtful // check asks, within bounds that the pool has not
 		return false
 	}

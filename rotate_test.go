@@ -1,6 +1,7 @@
 package tenancy_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -29,14 +30,15 @@ func loginsOf(t *testing.T, admin *pgx.Conn, place string) []string {
 func wantOneLogin(t *testing.T, f *tenancytest.Fleet, tn *tenancy.Tenancy, id tenancy.ID, open bool) {
 	t.Helper()
 	admin, d := f.Admin(t, "tenants"), sourceOf(t, tn, id)
+	defer admin.Close(context.Background())
 	if logins := loginsOf(t, admin, d.Schema); len(logins) != 1 || logins[0] != d.User {
 		t.Errorf("logins %q, want %s alone", logins, d.User)
 	}
-	if n := scan[int](t, f.Admin(t, "primary"), `SELECT count(*) FROM tenancy.data_sources WHERE next_login <> '' OR next_sealed IS NOT NULL OR old_login <> '' OR leaving IS NOT NULL`); n != 0 {
+	if n := ask[int](t, f, "primary", `SELECT count(*) FROM tenancy.data_sources WHERE next_login <> '' OR next_sealed IS NOT NULL OR old_login <> '' OR leaving IS NOT NULL`); n != 0 {
 		t.Errorf("the primary lists %d places with something left to do", n)
 	}
-	if p := placeOf(t, f, id); p.Login != d.User {
-		t.Errorf("the primary lists login %s, the sealed record has %s", p.Login, d.User)
+	if listed := ask[string](t, f, "primary", `SELECT login FROM tenancy.data_sources WHERE schema = $1`, d.Schema); listed != d.User {
+		t.Errorf("the primary lists login %s, the sealed record has %s", listed, d.User)
 	}
 	if !open {
 		wantClosed(t, admin, d.User)
@@ -268,7 +270,7 @@ func TestRotationsKilledAnywhereAreFinished(t *testing.T) {
 		time.Sleep(300*time.Millisecond + time.Duration(rng.Int64N(int64(600*time.Millisecond)))) // a moment that nothing waits for is the point
 		kill(verb)
 		bury(t, f, verb)
-		unfinished[scan[string](t, f.Admin(t, "primary"), `SELECT CASE WHEN next_login <> '' THEN 'next' WHEN old_login <> '' THEN 'old' ELSE 'none' END
+		unfinished[ask[string](t, f, "primary", `SELECT CASE WHEN next_login <> '' THEN 'next' WHEN old_login <> '' THEN 'old' ELSE 'none' END
 			FROM tenancy.data_sources d JOIN tenancy.tenants t ON t.data_source = d.id WHERE t.id = $1`, acme.ID)]++
 		age(t, f)
 		if err := tn.Refresh(t.Context()); err != nil {
@@ -351,6 +353,9 @@ func TestATenantOutOfServiceIsRotatedAndStaysSo(t *testing.T) {
 		wantOneLogin(t, f, tn, acme.ID, false)
 		if after := sourceOf(t, tn, acme.ID); after.User == before.User {
 			t.Errorf("%s: the login is still %s", state, after.User)
+		}
+		if got := scan[string](t, f.Admin(t, "primary"), `SELECT action FROM tenancy.audit ORDER BY id DESC LIMIT 1`); got != "rotate password" {
+			t.Errorf("%s: the audit trail ends with %q", state, got)
 		}
 		if got := mustTenant(t, tn, "acme").State; got != state {
 			t.Errorf("it was %s and is %s", state, got)

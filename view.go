@@ -178,14 +178,13 @@ func (v *view) forgetTenant(id ID) {
 	v.changes.Add(1) // after the forgetting: who reads the new count finds the old record gone
 }
 
-// reread is record, past what is remembered.
-func (v *view) reread(ctx context.Context, id ID) (*record, error) {
+// doubt forgets what is remembered of one tenant.
+func (v *view) doubt(id ID) {
 	v.records.forget(id)
 	if v.stored != nil {
 		v.stored.forget(id)
 	}
-	v.changes.Add(1)
-	return v.record(ctx, id)
+	v.changes.Add(1) // after the forgetting, as in forgetTenant
 }
 
 // served says whether the tenant may be served now, as an error of the state's class.

@@ -14,6 +14,9 @@ type AccountConfig struct {
 	Floor   int // connections that the account gets before another gets more than its own floor
 	Ceiling int // the most that it has
 	Waiters int // the most callers that wait in Enter
+	// Patience is how long a caller goes on waiting after a failure of Connect while other connections are open, one
+	// of which may come back.
+	Patience time.Duration
 	// Connect makes a connection, or finds an idle one, and gives it to the pool. It runs in a goroutine of its own with a permit that
 	// a dial with the context of [Making] takes. With retry above 0 the callers go on waiting, and it is called again after that time; otherwise
 	// err is the error of the caller for whom it was called. A panic is such an error: no caller's goroutine would meet it.
@@ -42,20 +45,22 @@ type Account struct {
 	refused atomic.Int64 // callers who found too many waiting, or waited in vain
 
 	// Guarded by server.mu.
-	waiters   []*waiter
-	making    int        // calls of Connect under way
-	unclaimed []*attempt // those of them whose permit no socket has taken yet
-	line      *queue     // where it waits for a permit; nil: nowhere
-	since     time.Time  // since when
-	spared    time.Time  // until when no connection of it makes room
-	paused    bool       // Connect asked to be called later
-	failed    error      // of the last Connect, nil when it succeeded or nobody waits any more
-	dialled   bool       // the budget has seen a socket of it
-	open      map[*Conn]struct{}
-	closed    bool
+	waiters    []*waiter
+	making     int                // calls of Connect under way
+	unclaimed  []*attempt         // those of them whose permit no socket has taken yet
+	line       *queue             // where it waits for a permit; nil: nowhere
+	since      time.Time          // since when
+	spared     time.Time          // until when no connection of it makes room
+	paused     bool               // Connect asked to be called later
+	failed     error              // of the last Connect, nil when it succeeded or nobody waits any more
+	cancelling map[*Conn]struct{} // sockets of cancel requests
+	dialled    bool               // the budget has seen a socket of it
+	open       map[*Conn]struct{}
+	closed     bool
 }
 
 type waiter struct {
+	since time.Time
 	ready chan error // holds one
 	stale bool       // the pool had no connection for it although the account believed so
 }
@@ -119,16 +124,18 @@ func (a *Account) Enter(ctx context.Context, deadline time.Time, stale bool) err
 		return ErrFull
 	}
 	defer a.waiting.Add(-1)
-	w := &waiter{ready: make(chan error, 1), stale: stale}
+	w := &waiter{since: time.Now(), ready: make(chan error, 1), stale: stale}
 	admitted, err := a.enqueue(w)
 	if admitted || err != nil {
 		return err
 	}
-	began := time.Now()
 	a.waits.Add(1)
-	defer func() { a.waited.Add(int64(time.Since(began))) }()
+	defer func() { a.waited.Add(int64(time.Since(w.since))) }()
 	return a.await(ctx, w, deadline)
 }
+
+// failedPause is the time between attempts to connect for callers who have patience.
+const failedPause = 100 * time.Millisecond
 
 // staleWait is how often a caller looks who found the pool without the idle connection that the account believed in: one that
 // a hook of the pool held back comes without a word.
@@ -395,6 +402,9 @@ func (a *Account) connected(at *attempt, retry time.Duration, err error) {
 		a.spareLocked()
 	}
 	a.used.Store(s.clock.Load())
+	if err != nil && retry == 0 && len(a.waiters) > 0 && a.servingLocked() {
+		retry = min(a.cfg.Patience-time.Since(a.waiters[0].since), failedPause)
+	}
 	switch {
 	case err == nil:
 		a.handOverLocked()

@@ -16,6 +16,7 @@ import (
 type DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error)
 
 const (
+	lastWords      = time.Second            // for a cancel request when the account is closed
 	lingerTimeout  = 5 * time.Second        // a process of the server that is at work notices late that its client left
 	lingerOneSided = 250 * time.Millisecond // where the socket cannot be closed by halves, nothing more is said to the server
 	lingerUsual    = 100 * time.Millisecond // after which nobody counts on the permit any more, and another connection makes room
@@ -90,8 +91,8 @@ func (c *Conn) Close() error {
 func (c *Conn) linger() {
 	defer c.release()
 	bound := lingerTimeout
-	if half, ok := c.Conn.(interface{ CloseWrite() error }); !ok || half.CloseWrite() != nil {
-		bound = lingerOneSided
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); !ok || half.CloseWrite() != nil || c.account == nil && !c.shared {
+		bound = lingerOneSided // for a cancel request too, and for the library's own: no statement of a tenant runs there
 	}
 	// Not a deadline: who had the connection may set one at this moment, and that is not the server's end.
 	timer := time.AfterFunc(bound, func() { c.Conn.Close() })
@@ -237,7 +238,7 @@ func (c *Conn) Established() {
 func (r *Route) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	a := r.account
 	if r.established.Load() {
-		return a.server.dialCancel(ctx, r.dial, network, addr)
+		return a.dialCancel(ctx, r.dial, network, addr)
 	}
 	if r.again(addr) {
 		return nil, errNothingToCancel
@@ -299,6 +300,16 @@ func (a *Account) unclaim(at *attempt) {
 	s.freeLocked()
 }
 
+// servingLocked says whether a connection is logged in and not on its way out.
+func (a *Account) servingLocked() bool {
+	for c := range a.open {
+		if !c.doomed && c.route.established.Load() {
+			return true
+		}
+	}
+	return false
+}
+
 // enter writes c into the book, unless Cut came first.
 func (a *Account) enter(c *Conn) bool {
 	s := a.server
@@ -321,13 +332,18 @@ func (a *Account) Cut() {
 	for c := range a.open {
 		open = append(open, c)
 	}
+	for c := range a.cancelling { // who waits for its answer is woken, and closes it
+		_ = c.Conn.SetDeadline(time.Unix(1, 0))
+	}
 	a.server.mu.Unlock()
 	for _, c := range open {
 		c.Abort()
 	}
 }
 
-func (s *Server) dialCancel(ctx context.Context, dial DialFunc, network, addr string) (net.Conn, error) {
+// dialCancel opens the socket of a cancel request. It is in a book of its own, so that Cut reaches it.
+func (a *Account) dialCancel(ctx context.Context, dial DialFunc, network, addr string) (net.Conn, error) {
+	s := a.server
 	select {
 	case s.cancels <- struct{}{}:
 	case <-ctx.Done():
@@ -338,7 +354,18 @@ func (s *Server) dialCancel(ctx context.Context, dial DialFunc, network, addr st
 		<-s.cancels
 		return nil, err
 	}
-	return &Conn{Conn: inner, server: s, free: func() { <-s.cancels }}, nil
+	c := &Conn{Conn: inner, server: s}
+	c.free = func() { delete(a.cancelling, c); <-s.cancels }
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if a.cancelling == nil {
+		a.cancelling = map[*Conn]struct{}{}
+	}
+	a.cancelling[c] = struct{}{}
+	if a.closed { // a statement was running when the account was
+		_ = inner.SetDeadline(time.Now().Add(lastWords))
+	}
+	return c, nil
 }
 
 // Dialer returns dial for connections that the library makes one by one, which are in no pool: it waits for a permit, before all accounts.
