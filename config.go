@@ -63,7 +63,7 @@ type Config struct {
 	Lookups LookupConfig
 	// Limits bounds what this node opens.
 	Limits Limits
-	// DrainTimeout is how long Close, Suspend and Delete wait for work in flight. Default: 10 s.
+	// DrainTimeout is how long Close, Suspend, Delete, SetDataSource and RotatePassword wait for work in flight. Default: 10 s.
 	DrainTimeout time.Duration
 	// CheckPrimaryOnly makes Open refuse a primary whose own schema is behind, where the
 	// default is to bring it up to date.

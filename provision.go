@@ -157,7 +157,7 @@ func (tn *Tenancy) makeRoles(ctx context.Context, conn *pgx.Conn, p *place) erro
 
 // makeLogin makes d's user a login of the place: it gets its rights from the groups that it is a member of.
 func (tn *Tenancy) makeLogin(ctx context.Context, conn *pgx.Conn, p *place, d DataSource) error {
-	verifier, err := scram.Verifier(d.Password.Reveal(), 0)
+	verifier, err := scram.RandomVerifier(d.Password.Reveal())
 	if err != nil {
 		return err
 	}
@@ -224,7 +224,7 @@ func (c *Catalog) asOwner(ctx context.Context, provisioner *pgx.Conn, p *place, 
 	if err != nil {
 		return err
 	}
-	verifier, err := scram.Verifier(password, 0)
+	verifier, err := scram.RandomVerifier(password)
 	if err != nil {
 		return err
 	}
