@@ -32,7 +32,7 @@ func (c *Catalog) CreateInBulk(ctx context.Context, name string, version int64, 
 	if err != nil {
 		return fail(err)
 	}
-	verifier, err := scram.Verifier(p.source.Password.Reveal(), 0)
+	verifier, err := scram.RandomVerifier(p.source.Password.Reveal())
 	if err != nil {
 		return fail(err)
 	}
