@@ -173,7 +173,7 @@ func describePlace(tb testing.TB, primary, server *pgx.Conn, tenant tenancy.Tena
 		{primary, `SELECT to_jsonb(a) - '{id,at,tenant}'::text[] FROM tenancy.audit a WHERE tenant = $1`, tenant.ID},
 		{primary, `SELECT to_jsonb(c) - '{epoch,tenant,stamp,at}'::text[] FROM tenancy.changes c WHERE tenant = $1`, tenant.ID},
 		// The owner's last password has a day of expiry, and it has none any more.
-		{server, `SELECT to_jsonb(r) - '{oid,rolpassword,rolvaliduntil}'::text[] || jsonb_build_object('password', substr(rolpassword, 1, 19)) FROM pg_authid r WHERE starts_with(rolname, $1)`, p.Schema},
+		{server, `SELECT to_jsonb(r) - '{oid,rolpassword,rolvaliduntil}'::text[] || jsonb_build_object('password', split_part(rolpassword, ':', 1)) FROM pg_authid r WHERE starts_with(rolname, $1)`, p.Schema},
 		{server, `SELECT jsonb_build_array(a.rolname, b.rolname, pg_has_role(a.oid, b.oid, 'MEMBER'), pg_has_role(a.oid, b.oid, 'USAGE'), pg_has_role(a.oid, b.oid, 'MEMBER WITH ADMIN OPTION'))
 			FROM pg_roles a, pg_roles b WHERE NOT a.rolsuper AND a.oid > 16383 AND b.oid > 16383 AND (starts_with(a.rolname, $1) OR starts_with(b.rolname, $1)) AND pg_has_role(a.oid, b.oid, 'MEMBER')`, p.Schema},
 		{server, `SELECT jsonb_build_array(nspname, nspowner::regrole, nspacl::text) FROM pg_namespace WHERE nspname = $1`, p.Schema},
