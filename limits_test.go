@@ -219,7 +219,9 @@ func TestASessionThatEndedBeforeTheCommitIsNoDoubt(t *testing.T) {
 		t.Fatal(err)
 	}
 	admin, login := f.Admin(t, "tenants"), sourceOf(t, tn, id).User
-	untilTrue(t, "the session has ended", func() bool { return scan[int](t, admin, `SELECT count(*) FROM pg_stat_activity WHERE usename = $1`, login) == 0 })
+	untilTrue(t, "the session has ended", func() bool {
+		return scan[int](t, admin, `SELECT count(*) FROM pg_stat_activity WHERE usename = $1`, login) == 0
+	})
 	if err := tx.Commit(ctx); err == nil || errors.Is(err, tenancy.ErrCommitUnknown) {
 		t.Errorf("commit: %v", err)
 	}
