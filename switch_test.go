@@ -57,7 +57,12 @@ func startLoad(t *testing.T, workers int, tenants []tenancy.Tenant, nodes ...*te
 	for _, tenant := range tenants {
 		l.writes[tenant.Name] = new(atomic.Int64)
 		for _, tn := range nodes {
+			// A node hears of a tenant that another one has made within milliseconds.
 			ctx, err := tn.Enter(t.Context(), tenant.ID)
+			for end := time.Now().Add(5 * time.Second); errors.Is(err, tenancy.ErrTenantNotReady) && time.Now().Before(end); {
+				time.Sleep(5 * time.Millisecond)
+				ctx, err = tn.Enter(t.Context(), tenant.ID)
+			}
 			if err != nil {
 				t.Fatal(err)
 			}
