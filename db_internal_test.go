@@ -251,28 +251,36 @@ func TestIdentityIsComparedInFull(t *testing.T) {
 		}
 		return r
 	}
-	const path = `"t_a", tenancy_ext`
-	good := row(`["t_a","tenancy_ext"]`, "db", "42", "t_a", "t_a", path)
-	if err := errors.Join(w.login("t_a", "off"), w.session(42, good), w.marker([][][]byte{row("r", "u")})); err != nil {
+	rows := func(r ...[][]byte) [][][]byte { return r }
+	path := rows(row(`"t_a", tenancy_ext`))
+	good := rows(row("db", "42", "t_a", "{t_a,tenancy_ext}"))
+	if err := errors.Join(w.login("t_a", "off"), w.session(42, path, good), w.marker(rows(row("r", "u")))); err != nil {
+		t.Fatal(err)
+	}
+	alone := identity{user: "t_a", database: "db", schemas: []string{"t_a"}}
+	if err := alone.session(42, rows(row("t_a")), rows(row("db", "42", "t_a"))); err != nil {
 		t.Fatal(err)
 	}
 	for name, c := range map[string]struct{ err, want error }{
 		"superuser":           {w.login("t_a", "on"), ErrIdentity},
 		"another_login":       {w.login("t_b", "off"), ErrIdentity},
 		"login_unsaid":        {w.login("", ""), ErrPooler},
-		"another_backend":     {w.session(43, good), ErrPooler},
-		"session_user":        {w.session(42, row(`["t_a","tenancy_ext"]`, "db", "42", "t_b", "t_a", path)), ErrIdentity},
-		"current_user":        {w.session(42, row(`["t_a","tenancy_ext"]`, "db", "42", "t_a", "t_b", path)), ErrIdentity},
-		"database":            {w.session(42, row(`["t_a","tenancy_ext"]`, "other", "42", "t_a", "t_a", path)), ErrIdentity},
-		"schema_missing":      {w.session(42, row(`["tenancy_ext"]`, "db", "42", "t_a", "t_a", path)), ErrIdentity},
-		"schema_more":         {w.session(42, row(`["t_a","tenancy_ext","public"]`, "db", "42", "t_a", "t_a", path)), ErrIdentity},
-		"schema_order":        {w.session(42, row(`["tenancy_ext","t_a"]`, "db", "42", "t_a", "t_a", path)), ErrIdentity},
-		"schemas_null":        {w.session(42, append([][]byte{nil}, good[1:]...)), ErrIdentity},
-		"path_has_more":       {w.session(42, row(`["t_a","tenancy_ext"]`, "db", "42", "t_a", "t_a", path+", none")), ErrIdentity},
+		"another_backend":     {w.session(43, path, good), ErrPooler},
+		"current_user":        {w.session(42, path, rows(row("db", "42", "t_b", "{t_a,tenancy_ext}"))), ErrIdentity},
+		"database":            {w.session(42, path, rows(row("other", "42", "t_a", "{t_a,tenancy_ext}"))), ErrIdentity},
+		"schema_missing":      {w.session(42, path, rows(row("db", "42", "t_a", "{tenancy_ext}"))), ErrIdentity},
+		"schema_more":         {w.session(42, path, rows(row("db", "42", "t_a", "{t_a,tenancy_ext,public}"))), ErrIdentity},
+		"schema_order":        {w.session(42, path, rows(row("db", "42", "t_a", "{tenancy_ext,t_a}"))), ErrIdentity},
+		"schemas_null":        {w.session(42, path, rows(append(row("db", "42", "t_a"), nil))), ErrIdentity},
+		"schemas_unsaid":      {w.session(42, path, rows(row("db", "42", "t_a"))), ErrIdentity},
+		"path_has_more":       {w.session(42, rows(row(`"t_a", tenancy_ext, none`)), good), ErrIdentity},
+		"path_of_another":     {alone.session(42, rows(row("t_b")), rows(row("db", "42", "t_a"))), ErrIdentity},
+		"path_missing":        {w.session(42, nil, good), ErrIdentity},
+		"session_missing":     {w.session(42, path, nil), ErrIdentity},
 		"marker_missing":      {w.marker(nil), ErrIdentity},
-		"marker_twice":        {w.marker([][][]byte{row("r", "u"), row("r", "u")}), ErrIdentity},
-		"marker_other_tenant": {w.marker([][][]byte{row("r", "v")}), ErrIdentity},
-		"marker_other_realm":  {w.marker([][][]byte{row("s", "u")}), ErrIdentity},
+		"marker_twice":        {w.marker(rows(row("r", "u"), row("r", "u"))), ErrIdentity},
+		"marker_other_tenant": {w.marker(rows(row("r", "v"))), ErrIdentity},
+		"marker_other_realm":  {w.marker(rows(row("s", "u"))), ErrIdentity},
 	} {
 		if !errors.Is(c.err, c.want) {
 			t.Errorf("%s: %v, want %v", name, c.err, c.want)

@@ -2,10 +2,8 @@ package tenancy
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -33,12 +31,22 @@ func (tn *Tenancy) identity(tenant UID, source DataSource) identity {
 		schemas:  schemasOf(source.Schema, tn.cfg.Extensions, tn.cfg.ReferenceTables),
 		realm:    UID(tn.realm.Value()).String(),
 		uid:      tenant.String(),
-		// Two statements, because Citus refuses to plan the marker (a table of one node) together with
-		// functions of the session. Names are qualified: the search_path is what is in doubt.
-		question: "SELECT pg_catalog.to_json(pg_catalog.current_schemas(false)), pg_catalog.current_database(), " +
-			"pg_catalog.pg_backend_pid(), session_user, current_user, pg_catalog.current_setting('search_path'); " +
-			"SELECT realm, tenant FROM " + ident.Quote(source.Schema, markerTable) + " LIMIT 2",
+		question: question(source.Schema, tn.cfg.Extensions || tn.cfg.ReferenceTables),
 	}
+}
+
+// question asks as little as it can, because the process that answers is new and looks up everything for the first time. The
+// schema itself is found, and may be used, when its marker can be read; the shared ones behind it have to be looked for.
+//
+// The marker is apart, because Citus refuses to plan it (a table of one node) together with functions of the session.
+// Names are qualified: the search_path is what is in doubt.
+func question(schema string, shared bool) string {
+	schemas := ""
+	if shared {
+		schemas = ", pg_catalog.current_schemas(false)"
+	}
+	return "SHOW search_path; SELECT current_catalog, pg_catalog.pg_backend_pid(), current_user" + schemas + "; " +
+		"SELECT realm, tenant FROM " + ident.Quote(schema, markerTable) + " LIMIT 2"
 }
 
 func schemasOf(schema string, extensions, reference bool) []string {
@@ -95,8 +103,8 @@ func (p *tenantPool) prove(ctx context.Context, conn *pgx.Conn) error {
 		return errStandby
 	}
 	results, err := pg.Exec(ctx, p.want.question).ReadAll()
-	if len(results) > 0 && results[0].Err == nil && len(results[0].Rows) == 1 {
-		if err := p.want.session(pg.PID(), results[0].Rows[0]); err != nil {
+	if len(results) > 1 && results[1].Err == nil {
+		if err := p.want.session(pg.PID(), results[0].Rows, results[1].Rows); err != nil {
 			return err
 		}
 	}
@@ -106,10 +114,10 @@ func (p *tenantPool) prove(ctx context.Context, conn *pgx.Conn) error {
 	if err != nil {
 		return &connectFailure{text: "asking a connection for its identity: " + withoutSecrets(err).Error(), cause: err}
 	}
-	if len(results) != 2 {
-		return hinted(ErrIdentity, "it gave %d answers to two questions", len(results))
+	if len(results) != 3 {
+		return hinted(ErrIdentity, "it gave %d answers to three questions", len(results))
 	}
-	if err := p.want.marker(results[1].Rows); err != nil {
+	if err := p.want.marker(results[2].Rows); err != nil {
 		return err
 	}
 	pg.CustomData()[markKey] = &proof{pool: p, conn: budget.Of(pg.Conn())}
@@ -147,27 +155,27 @@ func (w *identity) login(user, superuser string) error {
 	return nil
 }
 
-func (w *identity) session(pid uint32, row [][]byte) error {
-	if len(row) != 6 {
-		return hinted(ErrIdentity, "it gave %d columns for six", len(row))
+// session judges the answers to the first two questions. Who logged in has been judged before.
+func (w *identity) session(pid uint32, path, rows [][][]byte) error {
+	columns := 3
+	if len(w.schemas) > 1 {
+		columns = 4
 	}
-	database, backend, sessionUser, currentUser := string(row[1]), string(row[2]), string(row[3]), string(row[4])
-	var schemas []string
-	if err := json.Unmarshal(row[0], &schemas); err != nil {
-		return hinted(ErrIdentity, "its search_path cannot be read")
+	if len(path) != 1 || len(path[0]) != 1 || len(rows) != 1 || len(rows[0]) != columns {
+		return hinted(ErrIdentity, "it gave other rows than it was asked for")
 	}
+	database, backend, user := string(rows[0][0]), string(rows[0][1]), string(rows[0][2])
 	switch {
 	case backend != strconv.FormatUint(uint64(pid), 10):
 		return hinted(ErrPooler, "we dialled backend %d and are answered by %s: connect to PostgreSQL directly", pid, backend)
-	case sessionUser != w.user || currentUser != w.user:
-		return hinted(ErrIdentity, "session user %q and current user %q, not %q", sessionUser, currentUser, w.user)
+	case user != w.user:
+		return hinted(ErrIdentity, "current user %q, not %q", user, w.user)
 	case database != w.database:
 		return hinted(ErrIdentity, "database %q, not %q", database, w.database)
-	case !slices.Equal(schemas, w.schemas):
-		return hinted(ErrIdentity, "search_path finds %q, not %q (a schema that is missing, or without USAGE, is not found)", schemas, w.schemas)
-	// A schema on the path that does not exist, or not for us, is not found above, but would be on the day it does.
-	case unquoted(string(row[5])) != strings.Join(w.schemas, ","):
-		return hinted(ErrIdentity, "search_path is %s, which is more than %q", row[5], w.schemas)
+	case unquoted(string(path[0][0])) != strings.Join(w.schemas, ","):
+		return hinted(ErrIdentity, "search_path is %s, not %q", path[0][0], w.schemas)
+	case columns == 4 && string(rows[0][3]) != "{"+strings.Join(w.schemas, ",")+"}":
+		return hinted(ErrIdentity, "search_path finds %s, not %q (a schema that is missing, or without USAGE, is not found)", rows[0][3], w.schemas)
 	}
 	return nil
 }

@@ -303,7 +303,8 @@ func (c *Catalog) furnish(ctx context.Context, cc *pgx.ConnConfig, p *place) err
 	schema, marker, runtime := ident.Quote(p.source.Schema), ident.Quote(p.source.Schema, markerTable), ident.Quote(p.runtime)
 	return pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
 		for _, sql := range []string{
-			"CREATE TABLE IF NOT EXISTS " + marker + " (one boolean PRIMARY KEY DEFAULT true CHECK (one), realm uuid NOT NULL, tenant uuid NOT NULL)",
+			// Without an index, which every new connection would open for the one row, at a tenth of its first request: that it is one, the reader checks.
+			"CREATE TABLE IF NOT EXISTS " + marker + " (realm uuid NOT NULL, tenant uuid NOT NULL)",
 			"REVOKE ALL ON TABLE " + marker + " FROM " + runtime,
 			"GRANT SELECT ON TABLE " + marker + " TO " + runtime,
 			"GRANT USAGE ON SCHEMA " + schema + " TO " + runtime,
@@ -317,7 +318,7 @@ func (c *Catalog) furnish(ctx context.Context, cc *pgx.ConnConfig, p *place) err
 			}
 		}
 		realm := c.tn.realm.Value()
-		_, err := tx.Exec(ctx, "INSERT INTO "+marker+" (realm, tenant) VALUES ($1, $2) ON CONFLICT DO NOTHING", realm, p.tenant.UID)
+		_, err := tx.Exec(ctx, "INSERT INTO "+marker+" (realm, tenant) SELECT $1::uuid, $2::uuid WHERE NOT EXISTS (SELECT FROM "+marker+")", realm, p.tenant.UID)
 		return err
 	})
 }
