@@ -30,6 +30,9 @@ type idleOnly struct{}
 // noPermitPause is the wait of an attempt to connect that found no permit.
 const noPermitPause = 5 * time.Millisecond
 
+// errFoundIdle is an attempt to connect that found an idle connection, which says nothing of the server.
+var errFoundIdle = errors.New("tenancy: a connection was idle")
+
 // errDead is a connection that was closed behind our back, or does not answer. Nothing was sent over it.
 var errDead = errors.New("tenancy: the connection is dead")
 
@@ -41,7 +44,7 @@ func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 			if deadline.IsZero() {
 				deadline = time.Now().Add(p.limits.AcquireTimeout)
 			}
-			if err := p.enter(ctx, deadline, missed > 1); err != nil {
+			if err := p.enter(ctx, deadline, missed); err != nil {
 				return nil, err
 			}
 		}
@@ -54,7 +57,7 @@ func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 			missed++
 		case errors.Is(err, errDead):
 			p.pool.Reset() // the others are as old, and asking each of them would take as long
-			missed = 0
+			missed = 1
 		default:
 			return nil, withoutSecrets(err)
 		}
@@ -76,11 +79,13 @@ func (p *tenantPool) doubtLogin(v *view) {
 }
 
 // enter waits in line. Where the data source is known to be out of reach, nobody waits.
-func (p *tenantPool) enter(ctx context.Context, deadline time.Time, stale bool) error {
-	if err := p.breaker.open(); err != nil && p.account.Usage().Conns == 0 {
-		return err
+func (p *tenantPool) enter(ctx context.Context, deadline time.Time, missed int) error {
+	if !p.account.HasConns() {
+		if err := p.breaker.open(); err != nil {
+			return err
+		}
 	}
-	err := p.account.Enter(ctx, deadline, stale)
+	err := p.account.Enter(ctx, deadline, missed)
 	switch {
 	case errors.Is(err, budget.ErrFull):
 		return hinted(ErrBusy, "%d calls wait for one of its connections already", p.limits.TenantWaiters)
@@ -112,7 +117,7 @@ func (p *tenantPool) checkOut(ctx context.Context) (checked *pgxpool.Conn, err e
 			p.account.Leave()
 		}
 	}()
-	conn, err := p.pool.Acquire(ctx)
+	conn, err := p.takeOut(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -121,6 +126,20 @@ func (p *tenantPool) checkOut(ctx context.Context) (checked *pgxpool.Conn, err e
 		return nil, err
 	}
 	return conn, nil
+}
+
+// takeOut asks the pool. One that a builder made from other settings bounds itself, and whoever finds it used up waits in it, not in line.
+func (p *tenantPool) takeOut(ctx context.Context) (*pgxpool.Conn, error) {
+	if p.account.Bounds() {
+		return p.pool.Acquire(ctx)
+	}
+	bounded, cancel := context.WithTimeout(ctx, p.limits.AcquireTimeout)
+	defer cancel()
+	conn, err := p.pool.Acquire(bounded)
+	if err != nil && bounded.Err() != nil && ctx.Err() == nil {
+		err = hinted(ErrBusy, "the pool that Config.PoolBuilder made gave out no connection within %v", p.limits.AcquireTimeout)
+	}
+	return conn, err
 }
 
 // check looks at a connection's proof, and asks one that was unused for long whether it lives.
@@ -136,7 +155,7 @@ func (p *tenantPool) check(ctx context.Context, conn *pgx.Conn) error {
 		return hinted(ErrIdentity, "the pool gave out a connection that was proved for another pool: it was that of tenant id %d, generation %d",
 			mark.pool.tenant.ID, mark.pool.tenant.Generation)
 	case mark.doubtful || mark.rested && mark.conn != nil && mark.conn.Stirs(): // a good-bye may be waiting to be read, and then what is sent now is lost
-		bounded, cancel := context.WithTimeout(ctx, p.limits.PingTimeout)
+		bounded, cancel := context.WithTimeout(ctx, min(p.limits.PingTimeout, p.limits.AcquireTimeout))
 		defer cancel()
 		if err := conn.Ping(bounded); err != nil {
 			if ctx.Err() != nil {
@@ -189,17 +208,23 @@ func (p *tenantPool) discard(ctx context.Context, conn *pgxpool.Conn) {
 func destroy(ctx context.Context, conn *pgxpool.Conn) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 	defer cancel()
-	if c := budget.Of(conn.Conn().PgConn().Conn()); c != nil {
-		c.Doom() // one that broke is closed by pgx when its cancel request has ended, and would count as idle until then
-	}
+	doom(conn.Conn())      // one that broke is closed by pgx when its cancel request has ended, and would count as idle until then
 	conn.Conn().Close(ctx) // an error changes nothing: the socket is closed either way
 	conn.Release()
 }
 
+// doom tells the budget that the connection serves nobody any more.
+func doom(conn *pgx.Conn) {
+	if c := budget.Of(conn.PgConn().Conn()); c != nil {
+		c.Doom()
+	}
+}
+
 // connect has the pool make a connection, for whoever waits for one.
 func (p *tenantPool) connect() (retry time.Duration, err error) {
+	making, dialled := budget.Making(context.Background())
 	err = p.breaker.do(func() error {
-		ctx, cancel := context.WithTimeout(budget.Making(context.Background()), 2*p.limits.ConnectTimeout) // to connect, and to prove
+		ctx, cancel := context.WithTimeout(making, 2*p.limits.ConnectTimeout) // to connect, and to prove
 		defer cancel()
 		conn, err := p.pool.Acquire(ctx)
 		if ctx.Err() != nil && err != nil {
@@ -208,13 +233,19 @@ func (p *tenantPool) connect() (retry time.Duration, err error) {
 		if err != nil {
 			return withoutSecrets(err)
 		}
-		if budget.Of(conn.Conn().PgConn().Conn()) == nil {
+		defer conn.Release()
+		switch {
+		case budget.Of(conn.Conn().PgConn().Conn()) == nil:
 			p.account.Unseen()
+		case !dialled():
+			return errFoundIdle
 		}
-		conn.Release()
 		return nil
 	})
-	if errors.Is(err, budget.ErrNoPermit) { // the name has several addresses, and a refused socket of the first still holds the permit
+	if errors.Is(err, errFoundIdle) {
+		return 0, nil
+	}
+	if errors.Is(err, budget.ErrNoPermit) { // a hook of the service has dialled on its own account
 		return noPermitPause, err
 	}
 	if !isState(err, "53300") {

@@ -60,7 +60,7 @@ func newBreaker(log *slog.Logger, t Tenant) *breaker {
 // tellsOfSource says whether a failure to connect says something about the data source, and not about ourselves or
 // about who else is connected.
 func tellsOfSource(err error) bool {
-	for _, other := range []error{ErrIdentity, ErrPooler, budget.ErrNoPermit, budget.ErrClosed, context.Canceled} {
+	for _, other := range []error{ErrIdentity, ErrPooler, errFoundIdle, budget.ErrNoPermit, budget.ErrClosed, context.Canceled} {
 		if errors.Is(err, other) {
 			return false
 		}

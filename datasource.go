@@ -303,9 +303,6 @@ func (d DataSource) LogValue() slog.Value {
 // connConfig makes pgx's configuration from the fields alone. The caller may change it; it has no
 // runtime parameters, no fall-backs, and its ConnString holds no secret, but its Password does.
 func (d DataSource) connConfig() (*pgx.ConnConfig, error) {
-	if err := d.validate(); err != nil {
-		return nil, err
-	}
 	var c *pgx.ConnConfig
 	err := withoutEnvironment(func(settings string) (err error) {
 		c, err = pgx.ParseConfig(settings)
@@ -313,6 +310,14 @@ func (d DataSource) connConfig() (*pgx.ConnConfig, error) {
 	})
 	if err != nil {
 		return nil, err
+	}
+	return c, d.fill(c)
+}
+
+// fill puts the fields into settings that withoutEnvironment has made.
+func (d DataSource) fill(c *pgx.ConnConfig) error {
+	if err := d.validate(); err != nil {
+		return err
 	}
 	c.Host, c.Port, c.Database = d.Host, d.Port, d.Database
 	c.User, c.Password = d.User, d.Password.Reveal()
@@ -328,7 +333,7 @@ func (d DataSource) connConfig() (*pgx.ConnConfig, error) {
 	c.DefaultQueryExecMode = pgx.QueryExecModeCacheStatement
 	c.StatementCacheCapacity = statementCacheCap
 	c.DescriptionCacheCapacity = 0
-	return c, nil
+	return nil
 }
 
 // withoutEnvironment gives parse, which is ParseConfig of pgx or pgxpool, settings that leave

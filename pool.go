@@ -142,7 +142,7 @@ func (m *poolMaker) claim(p *tenantPool) error {
 func (m *poolMaker) close(p *tenantPool) {
 	p.account.Close()
 	// Nobody uses what is open. What has not said good-bye soon hangs: pgx waits for a broken connection, and for its cancel request, for 15 s.
-	timer := time.AfterFunc(closeTimeout, p.account.Cut)
+	timer := time.AfterFunc(closeTimeout, p.account.HangUp)
 	defer timer.Stop()
 	p.pool.Close()
 	m.mu.Lock()
@@ -153,20 +153,33 @@ func (m *poolMaker) close(p *tenantPool) {
 // cut breaks the connections under the hands of those who use them, who then give them back.
 func (p *tenantPool) cut() { p.account.Cut() }
 
-// poolConfig returns the settings of the tenant's pool: our defaults, then the user's hook, then
-// the pins again.
-func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSource) (*pgxpool.Config, error) {
-	c := tn.cfg
-	var cfg *pgxpool.Config // pgxpool insists on having parsed it
-	err := withoutEnvironment(func(settings string) (err error) {
+// newPoolDefaults returns what all tenants' pools begin with. pgxpool insists on having parsed it, which takes longer than all the rest of a
+// pool, so it is done once.
+func newPoolDefaults(l Limits) (cfg *pgxpool.Config, err error) {
+	err = withoutEnvironment(func(settings string) (err error) {
 		cfg, err = pgxpool.ParseConfig(settings)
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	conn, err := source.connConfig()
-	if err != nil {
+	cfg.MaxConns = l.TenantConns
+	cfg.MinConns, cfg.MinIdleConns = 0, 0
+	cfg.MaxConnIdleTime = l.ConnIdle
+	cfg.MaxConnLifetime = connLifetime
+	cfg.MaxConnLifetimeJitter = connLifetimeJitter
+	cfg.PingTimeout = l.PingTimeout
+	cfg.HealthCheckPeriod = healthCheckPeriod
+	return cfg, nil
+}
+
+// poolConfig returns the settings of the tenant's pool: our defaults, then the user's hook, then
+// the pins again.
+func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSource) (*pgxpool.Config, error) {
+	c := tn.cfg
+	cfg := tn.poolDefaults.Copy()
+	conn := cfg.ConnConfig
+	if err := source.fill(conn); err != nil {
 		return nil, err
 	}
 	conn.ConnectTimeout = c.Limits.ConnectTimeout
@@ -175,15 +188,6 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 	}
 	pins := tn.pins(conn, source.Schema)
 	pins.set(conn)
-
-	cfg.ConnConfig = conn
-	cfg.MaxConns = c.Limits.TenantConns
-	cfg.MinConns, cfg.MinIdleConns = 0, 0
-	cfg.MaxConnIdleTime = c.Limits.ConnIdle
-	cfg.MaxConnLifetime = connLifetime
-	cfg.MaxConnLifetimeJitter = connLifetimeJitter
-	cfg.PingTimeout = c.Limits.PingTimeout
-	cfg.HealthCheckPeriod = healthCheckPeriod
 
 	if c.PoolConfig != nil {
 		if err := c.PoolConfig(ctx, p.tenant, cfg); err != nil {
@@ -240,8 +244,13 @@ func (p *tenantPool) guard(cfg *pgxpool.Config, pins pins) {
 	p.afterRelease, cfg.AfterRelease = cfg.AfterRelease, nil
 
 	user := cfg.AfterConnect
-	cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+	cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) (err error) {
 		established(conn.PgConn())
+		defer func() {
+			if err != nil { // pgx may go on closing it for seconds, and it would count as idle until then
+				doom(conn)
+			}
+		}()
 		// pgxpool takes the caller's cancellation away here and has no bound of its own.
 		ctx, cancel := context.WithTimeout(ctx, p.limits.ConnectTimeout)
 		defer cancel()
@@ -258,7 +267,8 @@ func (p *tenantPool) guard(cfg *pgxpool.Config, pins pins) {
 func (p *tenantPool) guardDials(cfg *pgxpool.Config, pins pins) {
 	user := cfg.BeforeConnect
 	cfg.BeforeConnect = func(ctx context.Context, cc *pgx.ConnConfig) error {
-		if ctx.Value(idleOnly{}) != nil {
+		// Connections are made for the account. A caller who dialled would wait for that one alone, and past the breaker.
+		if ctx.Value(idleOnly{}) != nil || sessionOf(ctx) != nil && p.built.Load() {
 			return budget.ErrNoPermit
 		}
 		dial := cc.DialFunc
@@ -275,7 +285,10 @@ func (p *tenantPool) guardDials(cfg *pgxpool.Config, pins pins) {
 		if wrap := cc.AfterNetConnect; wrap != nil {
 			cc.AfterNetConnect = func(ctx context.Context, cfg *pgconn.Config, conn net.Conn) (net.Conn, error) {
 				over, err := wrap(ctx, cfg, conn)
-				return wrapped{Conn: over, under: conn}, err
+				if err != nil || budget.Of(over) != nil { // pgx looks for TLS under no wrapper of ours
+					return over, err
+				}
+				return wrapped{Conn: over, under: conn}, nil
 			}
 		}
 		return nil

@@ -80,6 +80,9 @@ func newPoolFixture(t testing.TB, cfg Config) *poolFixture {
 		t.Fatal(err)
 	}
 	f.tn.view = &view{records: records}
+	if f.tn.poolDefaults, err = newPoolDefaults(f.tn.cfg.Limits); err != nil {
+		t.Fatal(err)
+	}
 	f.tn.pools = f.tn.newPools()
 	f.db = &TenantAwareDB{tn: f.tn}
 	f.tn.db = f.db
@@ -939,4 +942,29 @@ func BenchmarkCall(b *testing.B) {
 			c.Release()
 		}
 	})
+}
+
+// TestFindingAnIdleConnectionSaysNothingOfTheServer: the breaker hears of attempts that connect.
+func TestFindingAnIdleConnectionSaysNothingOfTheServer(t *testing.T) {
+	f := newPoolFixture(t, Config{})
+	if _, err := f.db.Exec(f.as(acme), "SELECT 1"); err != nil { // one is idle from here on
+		t.Fatal(err)
+	}
+	l, err := f.tn.pools.Acquire(t.Context(), acme, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Release()
+	p := l.Value()
+	refused := func() error { return &connectFailure{text: "refused"} }
+	for range breakerFailures - 1 {
+		p.breaker.do(refused)
+	}
+	if _, err := p.connect(); err != nil {
+		t.Fatal(err)
+	}
+	p.breaker.do(refused)
+	if p.breaker.open() == nil {
+		t.Error("an attempt that found an idle connection was taken for one that connected")
+	}
 }

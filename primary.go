@@ -90,16 +90,23 @@ func primaryConfig(url string, connectTimeout time.Duration) (*pgxpool.Config, e
 	if err != nil || !isURL(url) {
 		return nil, invalid(errors.New("not a PostgreSQL URL: postgres://user:password@host:port/database"))
 	}
-	for _, f := range pc.ConnConfig.Fallbacks {
-		if f.Host != pc.ConnConfig.Host || f.Port != pc.ConnConfig.Port {
-			return nil, invalid(errors.New("it names several hosts: one of them could be a standby that lags behind; give the one address of the primary"))
-		}
+	if severalHosts(pc.ConnConfig) {
+		return nil, invalid(errors.New("it names several hosts: one of them could be a standby that lags behind; give the one address of the primary"))
 	}
 	pc.ConnConfig.RuntimeParams["search_path"] = "pg_catalog"
 	pc.ConnConfig.RuntimeParams["application_name"] = "tenancy"
 	pc.ConnConfig.ConnectTimeout = connectTimeout
 	pc.ConnConfig.DialFunc = dialer().DialContext
 	return pc, nil
+}
+
+func severalHosts(cc *pgx.ConnConfig) bool {
+	for _, f := range cc.Fallbacks { // the same host may be there twice, with and without TLS
+		if f.Host != cc.Host || f.Port != cc.Port {
+			return true
+		}
+	}
+	return false
 }
 
 // sameDatabase refuses a ListenURL that leads elsewhere, where locks and notifications would be in vain.

@@ -82,6 +82,9 @@ type Tenancy struct {
 	migrations migrations
 	servers    *servers
 	pools      *lease.Table[ID, *tenantPool]
+
+	poolDefaults *pgxpool.Config // copied for each pool
+
 	hostPool   *pgxpool.Pool // nil: no host data
 	db, host   *TenantAwareDB
 	catalog    *Catalog
@@ -162,6 +165,9 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 
 func (tn *Tenancy) start(ctx context.Context, host *pgxpool.Config) (err error) {
 	if tn.view, err = newView(tn.primary, tn.cfg.Store, tn.cfg); err != nil {
+		return err
+	}
+	if tn.poolDefaults, err = newPoolDefaults(tn.cfg.Limits); err != nil {
 		return err
 	}
 	tn.pools = tn.newPools()
@@ -275,7 +281,11 @@ func hostConfig(cfg Config, servers *servers) (*pgxpool.Config, error) {
 	if err != nil || !isURL(cfg.HostURL) {
 		return nil, invalid(errors.New("Config.HostURL: not a PostgreSQL URL"))
 	}
+	if severalHosts(pc.ConnConfig) {
+		return nil, invalid(errors.New("Config.HostURL: it must name one host: each has a budget of its own"))
+	}
 	pc.ConnConfig.ConnectTimeout = cfg.Limits.ConnectTimeout
+	pc.ConnConfig.DialFunc = dialer().DialContext
 	pc.PingTimeout = cfg.Limits.PingTimeout
 	servers.setAside(pc.ConnConfig, int(pc.MaxConns))
 	return pc, nil

@@ -12,7 +12,7 @@ import (
 // AccountConfig is one pool's share of a server's budget, and what the budget asks of the pool. Everything is required.
 type AccountConfig struct {
 	Floor   int // connections that the account gets before another gets more than its own floor
-	Ceiling int // the most that it has
+	Ceiling int // the most that it has; of sockets it has twice as many, those that broke and are not gone yet included
 	Waiters int // the most callers that wait in Enter
 	// Patience is how long a caller goes on waiting after a failure of Connect while other connections are open, one
 	// of which may come back.
@@ -45,7 +45,9 @@ type Account struct {
 	refused atomic.Int64 // callers who found too many waiting, or waited in vain
 
 	// Guarded by server.mu.
-	waiters    []*waiter
+	waiters    []*waiter          // in the order in which they are called
+	expiry     *time.Timer        // tells those whose deadline has passed; nil: was never needed
+	expires    time.Time          // when expiry goes off; zero: it is not set
 	making     int                // calls of Connect under way
 	unclaimed  []*attempt         // those of them whose permit no socket has taken yet
 	line       *queue             // where it waits for a permit; nil: nowhere
@@ -59,11 +61,18 @@ type Account struct {
 	closed     bool
 }
 
+// waiter is one caller in line. It is used again once its caller has gone on.
 type waiter struct {
-	since time.Time
-	ready chan error // holds one
-	stale bool       // the pool had no connection for it although the account believed so
+	since    time.Time
+	deadline time.Time
+	ready    chan error // holds one; whoever takes the waiter out of the line sends it, and nobody else
+	missed   int        // as of Enter
 }
+
+func newWaiter() any { return &waiter{ready: make(chan error, 1)} }
+
+// stale says that the pool had no connection for it although the account believed so.
+func (w *waiter) stale() bool { return w.missed > 1 }
 
 // attempt is one call of Connect, and its permit. Which of several calls a dial belongs to is not known: it takes the oldest permit.
 type attempt struct{ over bool }
@@ -108,30 +117,32 @@ func (a *Account) TryEnter() bool { return a.tryEnter() }
 // connection comes back or was made, until ctx ends, or until the deadline, and then the error is [ErrTimeout].
 // Other errors are [ErrFull], at once, [ErrClosed], ctx.Err() and that of AccountConfig.Connect.
 //
-// Now and then the pool turns out to have no idle connection after all, because one has just broken, and
-// no permit for a new one. Then the caller leaves, and enters again with stale set: a connection is made
-// for it even if one seems to be idle.
-func (a *Account) Enter(ctx context.Context, deadline time.Time, stale bool) error {
-	if !stale && a.tryEnter() {
+// Now and then the pool turns out to have no idle connection after all, because one has just broken, or somebody
+// was quicker. Then the caller leaves, and enters again with the number of times that it has missed: it comes before all others, and from the
+// second time on a connection is made for it even if one seems to be idle.
+func (a *Account) Enter(ctx context.Context, deadline time.Time, missed int) error {
+	if missed < 2 && a.tryEnter() {
 		return nil
 	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if int(a.waiting.Add(1)) > a.cfg.Waiters {
+	if n := a.waiting.Add(1); int(n) > a.cfg.Waiters && missed == 0 {
 		a.waiting.Add(-1)
 		a.refused.Add(1)
 		return ErrFull
 	}
-	defer a.waiting.Add(-1)
-	w := &waiter{since: time.Now(), ready: make(chan error, 1), stale: stale}
+	w := a.server.waiters.Get().(*waiter)
+	w.since, w.deadline, w.missed = time.Now(), deadline, missed
 	admitted, err := a.enqueue(w)
-	if admitted || err != nil {
-		return err
+	if !admitted && err == nil {
+		a.waits.Add(1)
+		err = a.await(ctx, w)
+		a.waited.Add(int64(time.Since(w.since)))
 	}
-	a.waits.Add(1)
-	defer func() { a.waited.Add(int64(time.Since(w.since))) }()
-	return a.await(ctx, w, deadline)
+	a.waiting.Add(-1)
+	a.server.waiters.Put(w)
+	return err
 }
 
 // failedPause is the time between attempts to connect for callers who have patience.
@@ -142,25 +153,28 @@ const failedPause = 100 * time.Millisecond
 const staleWait = 5 * time.Millisecond
 
 // await waits until w is called.
-func (a *Account) await(ctx context.Context, w *waiter, deadline time.Time) error {
-	timer := time.NewTimer(time.Until(deadline))
-	defer timer.Stop()
-	var look <-chan time.Time
-	if w.stale {
-		ticker := time.NewTicker(staleWait)
-		defer ticker.Stop()
-		look = ticker.C
+func (a *Account) await(ctx context.Context, w *waiter) error {
+	if w.stale() {
+		return a.awaitStale(ctx, w)
 	}
+	select {
+	case err := <-w.ready:
+		return err
+	case <-ctx.Done():
+		return a.giveUp(w, ctx.Err())
+	}
+}
+
+func (a *Account) awaitStale(ctx context.Context, w *waiter) error {
+	look := time.NewTicker(staleWait)
+	defer look.Stop()
 	for {
 		select {
 		case err := <-w.ready:
 			return err
 		case <-ctx.Done():
 			return a.giveUp(w, ctx.Err())
-		case <-timer.C:
-			a.refused.Add(1)
-			return a.giveUp(w, ErrTimeout)
-		case <-look:
+		case <-look.C:
 			if a.cfg.Idle() {
 				return a.giveUp(w, nil)
 			}
@@ -168,7 +182,7 @@ func (a *Account) await(ctx context.Context, w *waiter, deadline time.Time) erro
 	}
 }
 
-// enqueue puts w in line, unless a connection is idle after all. Who is stale was called already, and comes first.
+// enqueue puts w in line, unless a connection is idle after all. Who has missed was called already, and comes first.
 func (a *Account) enqueue(w *waiter) (admitted bool, err error) {
 	a.server.mu.Lock()
 	defer a.server.mu.Unlock()
@@ -177,7 +191,7 @@ func (a *Account) enqueue(w *waiter) (admitted bool, err error) {
 	}
 	for {
 		s := a.state.Load()
-		if !w.stale && s&queued == 0 && busyOf(s) < connsOf(s) {
+		if !w.stale() && s&queued == 0 && busyOf(s) < connsOf(s) {
 			if a.state.CompareAndSwap(s, s+oneBusy) {
 				return true, nil
 			}
@@ -185,13 +199,52 @@ func (a *Account) enqueue(w *waiter) (admitted bool, err error) {
 			break
 		}
 	}
-	if w.stale {
+	if w.missed > 0 {
 		a.waiters = slices.Insert(a.waiters, 0, w)
 	} else {
 		a.waiters = append(a.waiters, w)
 	}
+	a.expireLocked(w.deadline)
 	a.growLocked()
 	return false, nil
+}
+
+// expireLocked has expire called at the deadline, or before. One timer serves all who wait, and stays set when they are
+// served: nearly all are, long before, and setting one for each would cost them as much as the rest of their wait.
+func (a *Account) expireLocked(deadline time.Time) {
+	switch {
+	case !a.expires.IsZero() && !deadline.Before(a.expires):
+		return
+	case a.expiry == nil:
+		a.expiry = time.AfterFunc(time.Until(deadline), a.expire)
+	default:
+		a.expiry.Reset(time.Until(deadline))
+	}
+	a.expires = deadline
+}
+
+// expire tells those who have waited until their deadline.
+func (a *Account) expire() {
+	a.server.mu.Lock()
+	defer a.server.mu.Unlock()
+	a.expires = time.Time{}
+	err := ErrTimeout
+	if a.failed != nil {
+		err = errors.Join(err, a.failed)
+	}
+	now, before := time.Now(), len(a.waiters)
+	a.waiters = slices.DeleteFunc(a.waiters, func(w *waiter) bool {
+		if w.deadline.After(now) {
+			a.expireLocked(w.deadline)
+			return false
+		}
+		a.refused.Add(1)
+		w.ready <- err
+		return true
+	})
+	if len(a.waiters) < before {
+		a.balanceLocked()
+	}
 }
 
 // giveUp takes w out of the line and returns err. Without one it admits w.
@@ -210,11 +263,8 @@ func (a *Account) giveUp(w *waiter, err error) error {
 	}
 	defer s.mu.Unlock()
 	a.waiters = slices.Delete(a.waiters, i, i+1)
-	switch {
-	case err == nil:
+	if err == nil {
 		a.add(oneBusy)
-	case errors.Is(err, ErrTimeout) && a.failed != nil:
-		err = errors.Join(err, a.failed)
 	}
 	a.balanceLocked()
 	return err
@@ -223,8 +273,7 @@ func (a *Account) giveUp(w *waiter, err error) error {
 // callLocked takes the first who waits out of the line.
 func (a *Account) callLocked(err error) {
 	w := a.waiters[0]
-	a.waiters[0] = nil
-	a.waiters = a.waiters[1:]
+	a.waiters = slices.Delete(a.waiters, 0, 1)
 	w.ready <- err
 }
 
@@ -232,7 +281,7 @@ func (a *Account) callLocked(err error) {
 // is called, others have connections made, and when nobody waits the mark is cleared and room made for other accounts.
 func (a *Account) balanceLocked() {
 	// One who is stale knows better, looks by itself, and holds up the others: each of them is called in vain once at most.
-	for s := a.state.Load(); len(a.waiters) > 0 && !a.waiters[0].stale && busyOf(s) < connsOf(s); s = a.state.Load() {
+	for s := a.state.Load(); len(a.waiters) > 0 && !a.waiters[0].stale() && busyOf(s) < connsOf(s); s = a.state.Load() {
 		a.add(oneBusy)
 		a.callLocked(nil)
 	}
@@ -311,7 +360,7 @@ func (a *Account) leaveSlow() {
 // was, comes back; or the first who waits has been called in vain before, and would be again, and again.
 func (a *Account) doubtfulLocked() bool {
 	state := a.state.Load()
-	return busyOf(state) > connsOf(state) || len(a.waiters) > 0 && a.waiters[0].stale
+	return busyOf(state) > connsOf(state) || len(a.waiters) > 0 && a.waiters[0].stale()
 }
 
 // handOverLocked gives what the caller has entered for to the first who waits.
@@ -357,7 +406,7 @@ func (a *Account) belowFloor() bool { return connsOf(a.state.Load()) < a.cfg.Flo
 // growLocked has connections made for those who wait, as many as there are permits for, and waits in line for the others.
 func (a *Account) growLocked() {
 	s := a.server
-	for !a.closed && !a.paused && len(a.waiters) > a.making && connsOf(a.state.Load()) < a.cfg.Ceiling {
+	for !a.closed && !a.paused && len(a.waiters) > a.making && connsOf(a.state.Load()) < a.cfg.Ceiling && a.roomyLocked() {
 		if !s.mayGrowLocked(a) {
 			a.queueLocked()
 			return
@@ -373,6 +422,10 @@ func (a *Account) growLocked() {
 	}
 	a.dequeueLocked()
 }
+
+// roomyLocked says whether another socket may be opened. One that broke is no longer among the account's connections and still has a
+// permit, and its place in the pool, until its server lets it go: what does not go must not be replaced for ever.
+func (a *Account) roomyLocked() bool { return len(a.open)+len(a.unclaimed) < 2*a.cfg.Ceiling }
 
 // connect calls Connect and tells who waits of the outcome.
 func (a *Account) connect(at *attempt) {
@@ -406,7 +459,7 @@ func (a *Account) connected(at *attempt, retry time.Duration, err error) {
 		retry = min(a.cfg.Patience-time.Since(a.waiters[0].since), failedPause)
 	}
 	switch {
-	case err == nil:
+	case err == nil: // what it found idle may be on its way to somebody else; who misses it comes first the next time
 		a.handOverLocked()
 	case retry > 0:
 		a.add(-oneBusy)
@@ -535,6 +588,12 @@ func (a *Account) Unseen() {
 	}
 	a.calmLocked()
 }
+
+// Bounds says whether the account bounds its pool: false once it is [Account.Unseen].
+func (a *Account) Bounds() bool { return connsOf(a.state.Load()) < unbounded }
+
+// HasConns says whether a connection is there, or being made.
+func (a *Account) HasConns() bool { return connsOf(a.state.Load()) > 0 }
 
 // Close refuses everybody who waits, and who would have to. What is open stays so.
 func (a *Account) Close() {

@@ -65,7 +65,7 @@ func TestACallIsServedByWhateverComesFirst(t *testing.T) {
 		in(t, 4, func(t *testing.T, w *world) {
 			p := w.pool(1, 4)
 			p.give(w.take(p))
-			if err := p.account.Enter(t.Context(), time.Now().Add(time.Second), true); err != nil {
+			if err := p.account.Enter(t.Context(), time.Now().Add(time.Second), 2); err != nil {
 				t.Fatal(err)
 			}
 			p.account.Leave()
@@ -305,7 +305,7 @@ func TestEnterOfAFullLineFailsAtOnceAndTakesNoLock(t *testing.T) {
 	}
 	unlock := w.Lock()
 	within(t, "Enter", func() {
-		if err := p.account.Enter(t.Context(), time.Now().Add(time.Minute), false); err != budget.ErrFull {
+		if err := p.account.Enter(t.Context(), time.Now().Add(time.Minute), 0); err != budget.ErrFull {
 			t.Errorf("Enter: %v", err)
 		}
 	})
@@ -333,7 +333,7 @@ func TestACallWithAnIdleConnectionTakesNoLock(t *testing.T) {
 			t.Error("two have entered for one connection")
 		}
 		b.account.Leave()
-		if err := b.account.Enter(t.Context(), time.Now(), false); err != nil {
+		if err := b.account.Enter(t.Context(), time.Now(), 0); err != nil {
 			t.Errorf("Enter: %v", err)
 		}
 		b.account.Leave()
@@ -368,5 +368,55 @@ func TestCloseRefusesEverybodyWhoWaitsAndWhoWouldHaveTo(t *testing.T) {
 			t.Errorf("%d sockets are open, want the one in use", open)
 		}
 		p.drop(held)
+	})
+}
+
+func TestWhoWasCalledInVainComesFirstAndIsNeverTooMany(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		p := w.pool(1, 1)
+		held := w.take(p)
+		line := make([]*call, 100) // as many as may wait
+		for i := range line {
+			line[i] = w.call(p)
+		}
+		again := make(chan error)
+		go func() { again <- p.account.Enter(context.Background(), time.Now().Add(time.Minute), 1) }()
+		synctest.Wait()
+		p.give(held)
+		synctest.Wait()
+		select {
+		case err := <-again:
+			if err != nil {
+				t.Errorf("Enter: %v", err)
+			}
+		default:
+			t.Error("somebody else was called before")
+		}
+		p.account.Leave()
+		for _, c := range line {
+			c.give()
+		}
+	})
+}
+
+func TestBrokenConnectionsThatTheServerKeepsAreNotReplacedForEver(t *testing.T) {
+	in(t, 20, func(t *testing.T, w *world) {
+		p := w.pool(1, 2)
+		w.b.slow(0, 4*time.Second)
+		for range 4 {
+			p.drop(w.take(p))
+		}
+		if open, _ := w.b.counts(); open != 4 {
+			t.Fatalf("%d sockets are open, want twice the ceiling", open)
+		}
+		began := time.Now()
+		c := w.call(p)
+		if c.served() {
+			t.Fatal("a fifth socket was opened")
+		}
+		if d := c.wait(); d < 3*time.Second || time.Since(began) > 5*time.Second {
+			t.Errorf("served after %v, want as soon as the first is gone", d)
+		}
+		c.give()
 	})
 }

@@ -62,7 +62,7 @@ func BenchmarkEnterAndLeaveInLine(b *testing.B) {
 			b.SetParallelism(8)
 			b.RunParallel(func(pb *testing.PB) {
 				for pb.Next() {
-					if err := a.Enter(b.Context(), time.Now().Add(time.Minute), false); err != nil {
+					if err := a.Enter(b.Context(), time.Now().Add(time.Minute), 0); err != nil {
 						b.Error(err)
 						return
 					}
@@ -84,7 +84,7 @@ func BenchmarkWaitInVain(b *testing.B) {
 			one := idle(s, 1, 0)[0]
 			b.ReportAllocs()
 			for b.Loop() {
-				if err := one.Enter(b.Context(), time.Now(), false); err != budget.ErrTimeout {
+				if err := one.Enter(b.Context(), time.Now(), 0); err != budget.ErrTimeout {
 					b.Fatal(err)
 				}
 			}

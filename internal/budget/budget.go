@@ -63,6 +63,8 @@ type Server struct {
 	hungry atomic.Int32  // accounts and works that wait for a permit: who leaves an account looks here
 	clock  atomic.Uint64 // counts what happens under mu; the time by which the coldest account is found
 
+	waiters sync.Pool // of those who wait no more
+
 	mu       sync.Mutex // guards everything below, and the fields of accounts that say so
 	used     int        // permits of the shared part
 	working  int        // of them, those of Dialer
@@ -84,7 +86,8 @@ type work struct{ ready chan struct{} }
 
 // NewServer returns a budget of which nothing is used. Limits.Shared has to be at least 1.
 func NewServer(l Limits) *Server {
-	return &Server{limits: l, spare: (l.Shared() - l.Work) / 10, cancels: make(chan struct{}, Cancels), accounts: map[*Account]struct{}{}}
+	return &Server{limits: l, spare: (l.Shared() - l.Work) / 10, cancels: make(chan struct{}, Cancels), accounts: map[*Account]struct{}{},
+		waiters: sync.Pool{New: newWaiter}}
 }
 
 // Snapshot is a server's budget at one moment.

@@ -55,7 +55,7 @@ func TestTheDialerNeverWaits(t *testing.T) {
 			}
 			return err
 		}
-		making := budget.Making(context.Background())
+		making, _ := budget.Making(context.Background())
 		if err := errors.Join(dial(t.Context()), dial(making)); err != nil {
 			t.Errorf("with free permits: %v", err)
 		}

@@ -29,6 +29,7 @@ type Conn struct {
 	route   *Route   // nil likewise
 	server  *Server
 	shared  bool     // the permit is of the shared part
+	attempt *attempt // for which it was dialled; nil: for none
 	free    func()   // gives the permit back; called once, under server.mu
 	stir    *stirrer // nil: there is no socket to look at
 
@@ -128,7 +129,14 @@ func (c *Conn) release() {
 			delete(c.account.open, c)
 			c.account.settleLocked()
 		}
+		if c.attempt != nil && !c.attempt.over && !c.route.established.Load() {
+			c.account.keepLocked(c.attempt)
+			return
+		}
 		c.free()
+		if c.account != nil {
+			c.account.growLocked() // it may have waited for the socket's end, not for a permit
+		}
 	})
 }
 
@@ -218,6 +226,13 @@ func (r *Route) again(addr string) bool {
 	return slices.Contains(r.opened, addr)
 }
 
+// dialledElsewhere says whether a socket was opened before, at another address of the same name.
+func (r *Route) dialledElsewhere() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.opened) > 0
+}
+
 func (r *Route) open(addr string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -243,9 +258,21 @@ func (r *Route) Dial(ctx context.Context, network, addr string) (net.Conn, error
 	if r.again(addr) {
 		return nil, errNothingToCancel
 	}
-	at, err := a.claim(ctx.Value(making{}) != nil)
+	dialled, _ := ctx.Value(making{}).(*atomic.Bool)
+	at, err := a.claim(dialled != nil)
+	for dialled != nil && err != nil && r.dialledElsewhere() { // the attempt's permit is still at the address before
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(staleWait):
+			at, err = a.claim(true)
+		}
+	}
 	if err != nil {
 		return nil, err
+	}
+	if dialled != nil {
+		dialled.Store(true)
 	}
 	inner, err := r.dial(ctx, network, addr)
 	if err != nil {
@@ -253,7 +280,7 @@ func (r *Route) Dial(ctx context.Context, network, addr string) (net.Conn, error
 		return nil, err
 	}
 	r.open(addr)
-	c := &Conn{Conn: inner, account: a, route: r, server: a.server, shared: true, free: a.server.freeLocked, stir: newStirrer(inner)}
+	c := &Conn{Conn: inner, account: a, route: r, server: a.server, shared: true, attempt: at, free: a.server.freeLocked, stir: newStirrer(inner)}
 	if !a.enter(c) {
 		c.Abort()
 		return nil, ErrClosed
@@ -264,8 +291,12 @@ func (r *Route) Dial(ctx context.Context, network, addr string) (net.Conn, error
 // making is the key of Making.
 type making struct{}
 
-// Making returns the context for a dial of AccountConfig.Connect: it alone takes the permit that is reserved for it.
-func Making(ctx context.Context) context.Context { return context.WithValue(ctx, making{}, true) }
+// Making returns the context for a dial of AccountConfig.Connect: it alone takes the permit that is reserved for it. dialled says
+// afterwards whether one did.
+func Making(ctx context.Context) (_ context.Context, dialled func() bool) {
+	done := new(atomic.Bool)
+	return context.WithValue(ctx, making{}, done), done.Load
+}
 
 // claim takes a permit of an attempt's, or a free one; then there is no attempt.
 func (a *Account) claim(making bool) (*attempt, error) {
@@ -277,7 +308,7 @@ func (a *Account) claim(making bool) (*attempt, error) {
 		a.unclaimed = a.unclaimed[1:]
 		return at, nil
 	}
-	if connsOf(a.state.Load()) >= a.cfg.Ceiling || !s.mayGrowLocked(a) || s.poor.len()+s.rest.len() > 0 {
+	if connsOf(a.state.Load()) >= a.cfg.Ceiling || !a.roomyLocked() || !s.mayGrowLocked(a) || s.poor.len()+s.rest.len() > 0 {
 		return nil, ErrNoPermit
 	}
 	s.used++
@@ -298,6 +329,12 @@ func (a *Account) unclaim(at *attempt) {
 	a.settleLocked()
 	a.growLocked()
 	s.freeLocked()
+}
+
+// keepLocked gives the permit of a socket that came to nothing back to its attempt, for the next address.
+func (a *Account) keepLocked(at *attempt) {
+	a.add(oneConn)
+	a.unclaimed = append(a.unclaimed, at)
 }
 
 // servingLocked says whether a connection is logged in and not on its way out.
@@ -338,6 +375,24 @@ func (a *Account) Cut() {
 	a.server.mu.Unlock()
 	for _, c := range open {
 		c.Abort()
+	}
+}
+
+// HangUp closes every socket as its user would, with the permit kept until the server has closed its end, and lets no new one in. Cancel
+// requests have a moment left.
+func (a *Account) HangUp() {
+	a.Close()
+	a.server.mu.Lock()
+	open := make([]*Conn, 0, len(a.open))
+	for c := range a.open {
+		open = append(open, c)
+	}
+	for c := range a.cancelling {
+		_ = c.Conn.SetDeadline(time.Now().Add(lastWords))
+	}
+	a.server.mu.Unlock()
+	for _, c := range open {
+		_ = c.Close()
 	}
 }
 

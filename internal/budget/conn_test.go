@@ -582,7 +582,7 @@ func TestAnUnseenPoolIsNotBounded(t *testing.T) {
 		for range 50 {
 			wg.Go(func() {
 				began := time.Now()
-				if err := p.account.Enter(t.Context(), time.Now().Add(time.Minute), false); err != nil || time.Since(began) != 10*ms {
+				if err := p.account.Enter(t.Context(), time.Now().Add(time.Minute), 0); err != nil || time.Since(began) != 10*ms {
 					t.Errorf("Enter: %v after %v", err, time.Since(began))
 				}
 			})
@@ -637,3 +637,59 @@ func TestOfFindsTheConnUnderTLS(t *testing.T) {
 type wrapped struct{ net.Conn }
 
 func (w wrapped) NetConn() net.Conn { return w.Conn }
+
+func TestAnotherAddressOfTheSameNameIsTriedWithTheSamePermit(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) { // one permit: none is free beside the attempt's
+		p := w.pool(1, 1)
+		w.b.slow(0, 20*ms)
+		p.connect = func() (time.Duration, error) {
+			making, dialled := budget.Making(context.Background())
+			route := p.account.Route(p.dial)
+			first, err := route.Dial(making, "tcp", "one:5432")
+			if err != nil || !dialled() {
+				return 0, errors.Join(errors.New("the first address"), err)
+			}
+			first.Close() // it spoke no PostgreSQL
+			second, err := route.Dial(making, "tcp", "two:5432")
+			if err != nil {
+				return 0, err
+			}
+			c := second.(*budget.Conn)
+			c.Established()
+			p.put(c)
+			return 0, nil
+		}
+		began := time.Now()
+		p.give(w.take(p))
+		if took := time.Since(began); took < 20*ms || took > 30*ms {
+			t.Errorf("served after %v, want the 20ms in which the first server lets go", took)
+		}
+		if u := p.account.Usage(); u.Conns != 1 || u.Busy != 0 {
+			t.Errorf("%+v", u)
+		}
+	})
+}
+
+func TestHangUpKeepsThePermitsUntilTheServerHasLetGo(t *testing.T) {
+	in(t, 4, func(t *testing.T, w *world) {
+		p := w.pool(1, 4)
+		c := w.take(p)
+		w.b.slow(0, time.Second)
+		began := time.Now()
+		p.account.HangUp()
+		if _, err := c.Read(make([]byte, 1)); err == nil || time.Since(began) > 10*ms {
+			t.Errorf("its user reads on: %v after %v", err, time.Since(began))
+		}
+		if s := w.Snapshot(); s.Used != 1 {
+			t.Errorf("the permit is free although the server has the socket: %+v", s)
+		}
+		time.Sleep(1100 * ms)
+		if s := w.Snapshot(); s.Used != 0 {
+			t.Errorf("the permit is not free although the server has let go: %+v", s)
+		}
+		p.account.Leave()
+		if err := p.account.Enter(t.Context(), time.Now().Add(time.Second), 0); err != budget.ErrClosed {
+			t.Errorf("Enter: %v", err)
+		}
+	})
+}

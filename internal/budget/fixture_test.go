@@ -264,7 +264,8 @@ func (p *pool) connectOne() (time.Duration, error) {
 	if p.connect != nil {
 		return p.connect()
 	}
-	ctx, cancel := context.WithTimeout(budget.Making(context.Background()), p.patient)
+	making, _ := budget.Making(context.Background())
+	ctx, cancel := context.WithTimeout(making, p.patient)
 	defer cancel()
 	c, err := p.acquire(ctx)
 	switch {
@@ -293,9 +294,9 @@ func (p *pool) evict() bool {
 // take admits the caller and gives it a connection, as the root package does.
 func (p *pool) take(ctx context.Context, wait time.Duration) (*budget.Conn, error) {
 	deadline := time.Now().Add(wait)
-	for stale := false; ; stale = true {
-		if stale || !p.account.TryEnter() {
-			if err := p.account.Enter(ctx, deadline, stale); err != nil {
+	for missed := 0; ; missed++ {
+		if missed > 1 || !p.account.TryEnter() {
+			if err := p.account.Enter(ctx, deadline, missed); err != nil {
 				return nil, err
 			}
 		}
