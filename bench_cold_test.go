@@ -21,12 +21,14 @@ const (
 )
 
 // BenchmarkCold compares the first request of a tenant that has no pool with a connection made by hand: TenantAwareDB.QueryRow,
-// which builds the pool, connects and proves the connection, against pgx.ConnectConfig and QueryRow with the same login and settings.
+// which builds the pool, connects and proves the connection, against pgx.ConnectConfig and QueryRow with the same settings.
+// The connection by hand has a login like the tenant's whose password was set in the usual way, so that its verifier has the server's own number
+// of iterations, 4096; ratio-same is against the tenant's own login, whose verifier has one: what the library costs without what it saves.
 // With tenants=8 the first requests of eight tenants begin at once, and the time is that until the last one has its answer.
 //
-// One iteration is a round in which {bare, tenancy, bare again} take 12 turns each, in a new order each time; at least 21 are made,
+// One iteration is a round in which {bare, tenancy, bare again, bare with the same login} take 12 turns each, in a new order each time; at least 21 are made,
 // and -benchtime=101x makes 101. After each turn its connections are closed, and the next one waits until the server has none left.
-// Each round gives the ratios tenancy/bare and again/bare of the median turns; reported are the medians of these, with the interval
+// Each round gives the ratios to bare of the median turns; reported are the medians of these, with the interval
 // that holds the true median with at least 95 %, as in [BenchmarkRatio]. The tenancy's pool is closed later and by others, so ratio
 // leaves Close out for both; ratio-closed counts it for the bare connection, whose caller waits for it.
 //
@@ -52,8 +54,9 @@ type coldTenants struct {
 
 type coldTenant struct {
 	tenancy.Tenant
-	in context.Context // with the session
-	cc *pgx.ConnConfig // of the same login
+	in    context.Context // with the session
+	usual *pgx.ConnConfig // of a login like the tenant's
+	same  *pgx.ConnConfig // of the tenant's own
 }
 
 func (f *benchFleet) cold(tb testing.TB, tn *tenancy.Tenancy, admin *pgx.Conn, n int) *coldTenants {
@@ -84,7 +87,22 @@ func (f *benchFleet) cold(tb testing.TB, tn *tenancy.Tenancy, admin *pgx.Conn, n
 		if !maps.Equal(bare, cc.RuntimeParams) {
 			tb.Fatalf("settings of the bare connection: %v; of the pool's: %v", bare, cc.RuntimeParams)
 		}
-		c.tenants, c.logins = append(c.tenants, coldTenant{t, in, cc}), append(c.logins, d.User)
+		usual := cc.Copy()
+		usual.User, usual.Password = d.User+"_usual", "a password as people set it"
+		for _, sql := range []string{
+			"CREATE ROLE %[1]s LOGIN PASSWORD '%[2]s'",
+			"GRANT %[3]s_r, %[4]s_tenants TO %[1]s", // what the tenant's login is a member of
+		} {
+			if _, err := admin.Exec(tb.Context(), fmt.Sprintf(sql, usual.User, usual.Password, d.Schema, d.Database)); err != nil {
+				tb.Fatal(err)
+			}
+		}
+		tb.Cleanup(func() {
+			if _, err := admin.Exec(context.Background(), "DROP ROLE "+usual.User); err != nil {
+				tb.Error(err)
+			}
+		})
+		c.tenants, c.logins = append(c.tenants, coldTenant{t, in, usual, cc}), append(c.logins, d.User, usual.User)
 	}
 	c.retire()
 	if err := c.settle(tb.Context()); err != nil {
@@ -113,12 +131,20 @@ func sessionSettings(tb testing.TB, ctx context.Context, db interface {
 	return settings
 }
 
-// bare asks each tenant over a connection by hand.
-func (c *coldTenants) bare(ctx context.Context) (asked, closed time.Duration, err error) {
+// usual and same ask each tenant over a connection by hand.
+func (c *coldTenants) usual(ctx context.Context) (asked, closed time.Duration, err error) {
+	return c.bare(ctx, func(t coldTenant) *pgx.ConnConfig { return t.usual })
+}
+
+func (c *coldTenants) same(ctx context.Context) (asked, closed time.Duration, err error) {
+	return c.bare(ctx, func(t coldTenant) *pgx.ConnConfig { return t.same })
+}
+
+func (c *coldTenants) bare(ctx context.Context, login func(coldTenant) *pgx.ConnConfig) (asked, closed time.Duration, err error) {
 	conns := make([]*pgx.Conn, len(c.tenants))
 	start := time.Now()
 	err = c.each(func(i int, t coldTenant) (err error) {
-		if conns[i], err = pgx.ConnectConfig(ctx, t.cc); err != nil {
+		if conns[i], err = pgx.ConnectConfig(ctx, login(t)); err != nil {
 			return err
 		}
 		return benchAsk(ctx, conns[i], t.Name)
@@ -174,7 +200,7 @@ func (c *coldTenants) settle(ctx context.Context) error {
 }
 
 func benchCold(b *testing.B, c *coldTenants) {
-	contenders := []func(context.Context) (asked, closed time.Duration, err error){c.bare, c.through, c.bare}
+	contenders := []func(context.Context) (asked, closed time.Duration, err error){c.usual, c.through, c.usual, c.same}
 	turn := func(who int) (asked, closed float64) {
 		a, z, err := contenders[who](b.Context())
 		if err := errors.Join(err, c.settle(b.Context())); err != nil {
@@ -185,22 +211,22 @@ func benchCold(b *testing.B, c *coldTenants) {
 	for who := range contenders {
 		turn(who) // the first one after a pause is another machine's
 	}
-	var ratio, closedRatio, again []float64
-	var total [3]float64
+	var ratio, closedRatio, again, same []float64
+	var total [4]float64
 	round := func() {
-		var asked, closed [3][]float64
+		var asked, closed [4][]float64
 		for range coldTurns {
 			for _, who := range rand.Perm(len(contenders)) {
 				a, z := turn(who)
 				asked[who], closed[who] = append(asked[who], a), append(closed[who], z)
 			}
 		}
-		var mid [3]float64
+		var mid [4]float64
 		for who := range contenders {
 			mid[who] = middle(asked[who])
 			total[who] += mid[who]
 		}
-		ratio, again = append(ratio, mid[1]/mid[0]), append(again, mid[2]/mid[0])
+		ratio, again, same = append(ratio, mid[1]/mid[0]), append(again, mid[2]/mid[0]), append(same, mid[1]/mid[3])
 		closedRatio = append(closedRatio, mid[1]/middle(closed[0]))
 	}
 	for b.Loop() {
@@ -212,7 +238,7 @@ func benchCold(b *testing.B, c *coldTenants) {
 	rounds := float64(len(ratio))
 	b.ReportMetric(0, "ns/op") // of a round: says nothing
 	b.ReportMetric(rounds, "rounds")
-	for name, values := range map[string][]float64{"ratio": ratio, "ratio-closed": closedRatio, "again": again} {
+	for name, values := range map[string][]float64{"ratio": ratio, "ratio-closed": closedRatio, "ratio-same": same, "again": again} {
 		low, mid, high := medianInterval(values)
 		b.ReportMetric(mid, name)
 		b.ReportMetric(low, name+"-low")
@@ -220,6 +246,7 @@ func benchCold(b *testing.B, c *coldTenants) {
 	}
 	b.ReportMetric(total[0]/rounds*1e6, "bare-us")
 	b.ReportMetric(total[1]/rounds*1e6, "tenancy-us")
+	b.ReportMetric(total[3]/rounds*1e6, "same-us")
 }
 
 func middle(values []float64) float64 {

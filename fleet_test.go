@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/url"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -304,7 +305,7 @@ GRANT {group} TO {owner}, {login};
 CREATE SCHEMA {schema} AUTHORIZATION {owner};
 SET LOCAL ROLE {owner};
 SET LOCAL search_path = {schema};
-CREATE TABLE tenancy_marker (one boolean PRIMARY KEY DEFAULT true CHECK (one), realm uuid NOT NULL, tenant uuid NOT NULL);
+CREATE TABLE tenancy_marker (realm uuid NOT NULL, tenant uuid NOT NULL);
 GRANT SELECT ON TABLE tenancy_marker TO {runtime};
 GRANT USAGE ON SCHEMA {schema} TO {runtime};
 ALTER DEFAULT PRIVILEGES IN SCHEMA {schema} GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {runtime};
@@ -357,39 +358,82 @@ func bulkPlaceOf(tb testing.TB, primary *pgx.Conn, id tenancy.ID) (p placeRow) {
 	return p
 }
 
-// connCounter looks every 2 ms how many connections a server has.
+// connCounter looks again and again how many connections a server has.
 type connCounter struct{ stop func() (most, looks int) }
 
-// countConns counts those of everybody but superusers. Several looks are taken while one process of the server starts or ends.
+// countConns counts those of everybody but superusers, in two ways: by the server's own list, every 2 ms, in which a session is when it has
+// logged in; and, where processes can be looked at, by the server's processes, every 10 ms, one of which is there from before the log-in until after the good-bye.
 func countConns(tb testing.TB, adminURL string) connCounter {
 	tb.Helper()
 	conn := superuser(tb, adminURL, "postgres")
+	var dir string
+	if err := conn.QueryRow(tb.Context(), `SHOW data_directory`).Scan(&dir); err != nil {
+		tb.Fatal(err)
+	}
+	processes := backendsOf(tb, dir, conn.Config().User)
 	ctx, end := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
-	var most, looks int
-	wg.Go(func() {
-		tick := time.NewTicker(2 * time.Millisecond)
+	look := func(every time.Duration, count func() (int, error), most, looks *int) {
+		tick := time.NewTicker(every)
 		defer tick.Stop()
 		for ctx.Err() == nil {
-			var n int
-			if err := conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND usename IS DISTINCT FROM current_user`).Scan(&n); err != nil {
+			n, err := count()
+			if err != nil {
 				tb.Error(err)
 				return
 			}
-			most, looks = max(most, n), looks+1
+			*most, *looks = max(*most, n), *looks+1
 			select {
 			case <-ctx.Done():
 			case <-tick.C:
 			}
 		}
+	}
+	var listed, ran, looks, also int
+	wg.Go(func() {
+		look(2*time.Millisecond, func() (n int, err error) {
+			err = conn.QueryRow(context.Background(), `SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND usename IS DISTINCT FROM current_user`).Scan(&n)
+			return n, err
+		}, &listed, &looks)
 	})
+	wg.Go(func() { look(10*time.Millisecond, processes, &ran, &also) })
 	stop := sync.OnceValues(func() (int, int) {
 		end()
 		wg.Wait()
-		return most, looks
+		tb.Logf("at most %d sessions in %d looks, %d processes in %d", listed, looks, ran, also)
+		return max(listed, ran), looks
 	})
 	tb.Cleanup(func() { stop() })
 	return connCounter{stop}
+}
+
+// backendsOf returns what counts the processes of a server that work for clients, but for those of one user. Where there is no /proc they are none.
+func backendsOf(tb testing.TB, dataDir, but string) func() (int, error) {
+	tb.Helper()
+	file, err := os.ReadFile(filepath.Join(dataDir, "postmaster.pid"))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	pid, _, _ := strings.Cut(string(file), "\n")
+	children := filepath.Join("/proc", pid, "task", pid, "children")
+	if _, err := os.Stat(children); err != nil {
+		return func() (int, error) { return 0, nil }
+	}
+	return func() (n int, err error) {
+		list, err := os.ReadFile(children)
+		if err != nil {
+			return 0, err
+		}
+		for _, child := range strings.Fields(string(list)) {
+			title, _ := os.ReadFile(filepath.Join("/proc", child, "cmdline")) // it may have ended
+			// A client's has its address in the title: user, database, 127.0.0.1(port), what it does.
+			who, client, ok := strings.Cut(strings.TrimPrefix(string(title), "postgres: "), "(")
+			if ok && client != "" && !strings.HasPrefix(who, but+" ") {
+				n++
+			}
+		}
+		return n, nil
+	}
 }
 
 // fleetLoad is what clients do who ask one tenant's row after the other.
