@@ -433,6 +433,46 @@ func leavers(t *testing.T, tn *tenancy.Tenancy, id tenancy.ID, to tenancy.DataSo
 	}
 }
 
+// TestATransactionThatKeepsTheLoginsRowKeepsNoVerb: a login may change its own password, and the row of its role is its transaction's then.
+func TestATransactionThatKeepsTheLoginsRowKeepsNoVerb(t *testing.T) {
+	t.Parallel()
+	const drain = 400 * time.Millisecond
+	f, tn, acme, globex := twoTenants(t, tenancy.Config{DrainTimeout: drain})
+	c, admin := tn.Catalog(), f.Admin(t, "tenants")
+	verbs := leavers(t, tn, acme.ID, prepare(t, tn, acme.ID, ""))
+	verbs["suspension"] = func() error {
+		if err := c.Suspend(t.Context(), acme.ID, tenancy.Suspension{}); err != nil {
+			return err
+		}
+		wantClosed(t, admin, sourceOf(t, tn, acme.ID).User)
+		return c.Resume(t.Context(), acme.ID)
+	}
+	for name, verb := range verbs {
+		from := sourceOf(t, tn, acme.ID)
+		for range 2 { // one has the row, the other one waits for it
+			session := login(t, tn, acme.ID)
+			must(t, session, `BEGIN`)
+			go session.Exec(t.Context(), `ALTER ROLE CURRENT_USER PASSWORD 'mine'`)
+		}
+		until(t, 5*time.Second, "1", func() string {
+			return fmt.Sprint(scan[int](t, admin, `SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND wait_event_type = 'Lock'`, from.User))
+		})
+		start := time.Now()
+		if err := verb(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if took := time.Since(start); took < drain || took > drain+15*time.Second {
+			t.Errorf("%s: it took %v", name, took)
+		}
+		if name != "suspension" {
+			wantClosed(t, admin, from.User)
+		}
+		if got := current(t, tn, globex.ID); got != placeOf(t, f, globex.ID).Schema {
+			t.Errorf("%s: the other tenant is in %s", name, got)
+		}
+	}
+}
+
 // TestACallThatIsIdleIsInFlight: between two statements its session looks as if nobody used it.
 func TestACallThatIsIdleIsInFlight(t *testing.T) {
 	t.Parallel()
