@@ -147,9 +147,18 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 	return nil
 }
 
-// closeAgain closes a place of a tenant that is out of service, which was opened to be proved. The validity job does it where this fails.
+// closeAgainTimeout bounds closeAgain, whose caller's own bound may be over. The end of a tenant's sessions alone has 15 s of it.
+const closeAgainTimeout = 20 * time.Second
+
+// closeAgain closes a place of a tenant that is out of service, which was opened to be proved. The validity job does it where this
+// fails, and where the tenant's lock was lost: another node may have resumed the tenant since.
 func closeAgain(ctx context.Context, p *place, err error) error {
-	failed := fencePlace(context.WithoutCancel(ctx), p, atWork, 0)
+	ctx, cancel := afterwards(ctx, closeAgainTimeout)
+	defer cancel()
+	failed := context.Cause(ctx)
+	if failed == nil {
+		failed = fencePlace(ctx, p, atWork, 0)
+	}
 	switch {
 	case failed == nil:
 		return err

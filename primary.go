@@ -332,23 +332,40 @@ func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context
 		}
 		return nil, nil, unavailable("lock", err)
 	}
-	held, lost := context.WithCancelCause(ctx)
+	lock, lost := context.WithCancelCause(context.WithoutCancel(ctx))
+	held, end := context.WithCancelCause(context.WithValue(ctx, lockKey{}, lock))
 	watch, stop := context.WithCancel(context.WithoutCancel(ctx))
 	watched := make(chan struct{})
 	go func() { // nothing is ever notified here: the wait ends with the connection, or with the work
 		defer close(watched)
 		_, err := conn.WaitForNotification(watch)
 		if watch.Err() == nil {
-			lost(&Error{Op: "lock", Tenant: id, Err: fmt.Errorf("%w: the lock was lost: %w", ErrPrimaryUnavailable, err)})
+			err := &Error{Op: "lock", Tenant: id, Err: fmt.Errorf("%w: the lock was lost: %w", ErrPrimaryUnavailable, err)}
+			lost(err)
+			end(err)
 		}
 	}()
 	return held, func() {
 		stop()
 		<-watched
 		lost(nil)
+		end(nil)
 		closeConn(conn)
 		done()
 	}, nil
+}
+
+// lockKey is where what lockTenant returns carries a context that ends with the lock alone.
+type lockKey struct{}
+
+// afterwards is for the clean-up of a verb that ctx was held for: it outlives the verb's caller, but not the tenant's lock, after
+// which the tenant can be in another verb's hands, and not timeout.
+func afterwards(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
+	lock, held := ctx.Value(lockKey{}).(context.Context)
+	if !held {
+		lock = context.WithoutCancel(ctx)
+	}
+	return context.WithTimeout(lock, timeout)
 }
 
 // verb waits for a place among the verbs that hold connections. One that has its place waits for no other's.

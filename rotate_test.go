@@ -386,6 +386,79 @@ func TestASuspendedTenantIsClosedAgainAfterACrash(t *testing.T) {
 	wantOneLogin(t, f, tn, acme.ID, false)
 }
 
+// TestAVerbThatLostItsLockClosesNothing takes the lock's session away from a rotation of a suspended tenant whose next login is open. Another node may
+// have resumed the tenant by the time that the rotation ends.
+func TestAVerbThatLostItsLockClosesNothing(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
+	c, admin, primary := tn.Catalog(), f.Admin(t, "tenants"), f.Admin(t, "primary")
+	if err := c.Suspend(t.Context(), acme.ID, tenancy.Suspension{}); err != nil {
+		t.Fatal(err)
+	}
+	blocker, err := f.Admin(t, "primary").Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := blocker.Exec(t.Context(), `SELECT FROM tenancy.epoch FOR UPDATE`); err != nil {
+		t.Fatal(err)
+	}
+	rotated := make(chan error, 1)
+	go func() { rotated <- c.RotatePassword(t.Context(), acme.ID) }()
+	until(t, 10*time.Second, "1", func() string { return waiting(t, primary, "tenancy") })
+	must(t, primary, `SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`)
+	if err := <-rotated; err == nil {
+		t.Error("a rotation without its lock succeeded")
+	}
+	if err := blocker.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantOpen(t, admin, scan[string](t, primary, `SELECT next_login FROM tenancy.data_sources WHERE next_login <> ''`))
+	if scan[bool](t, primary, `SELECT fenced IS NOT NULL FROM tenancy.tenants WHERE id = $1`, acme.ID) {
+		t.Error("the primary says that the tenant is fenced: the validity job will not look at it")
+	}
+	age(t, f)
+	if err := tn.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantOneLogin(t, f, tn, acme.ID, false)
+}
+
+// TestAServerThatFreezesHoldsNoCleanUpForEver freezes it when a rotation of a suspended tenant, which has failed, closes its logins again.
+func TestAServerThatFreezesHoldsNoCleanUpForEver(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
+	far := tenancytest.NewFleet(t)
+	way := newStrait(t, far.ServerURL)
+	c, admin := tn.Catalog(), far.Admin(t, "tenants")
+	if err := c.AddServer(t.Context(), tenancy.ServerConfig{Name: "far", URL: way.url}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.SetDataSource(t.Context(), acme.ID, prepare(t, tn, acme.ID, "far")); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Suspend(t.Context(), acme.ID, tenancy.Suspension{}); err != nil {
+		t.Fatal(err)
+	}
+	p := placeOf(t, f, acme.ID)
+	must(t, admin, `GRANT CREATE ON SCHEMA `+p.Schema+` TO `+p.Runtime) // the next login has a right too many, and is refused
+	way.freezeAt(" NOLOGIN")
+	rotated := make(chan error, 1)
+	go func() { rotated <- c.RotatePassword(t.Context(), acme.ID) }()
+	select {
+	case err := <-rotated:
+		wantError(t, err, tenancy.ErrSetup)
+	case <-time.After(40 * time.Second):
+		t.Error("it goes on")
+	}
+	way.calm()
+	must(t, admin, `REVOKE CREATE ON SCHEMA `+p.Schema+` FROM `+p.Runtime)
+	age(t, f)
+	if err := tn.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantClosed(t, admin, sourceOf(t, tn, acme.ID).User)
+}
+
 func TestANewLoginIsProvedBeforeItIsTaken(t *testing.T) {
 	t.Parallel()
 	f, tn, acme, globex := twoTenants(t, tenancy.Config{})
