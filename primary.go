@@ -312,6 +312,17 @@ func audit(ctx context.Context, tx pgx.Tx, action string, tenant ID, detail map[
 //
 // The returned context ends when the lock is lost: what goes on then could meet another node's work on the same tenant.
 func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
+	return p.lock(ctx, id, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))::text IS NOT NULL`)
+}
+
+// tryLockTenant is lockTenant for who has other things to do: it is errLocked at once when a verb has the lock.
+func (p *primaryDB) tryLockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
+	return p.lock(ctx, id, `SELECT pg_try_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`)
+}
+
+var errLocked = hinted(ErrInProgress, "another verb is at work on the tenant")
+
+func (p *primaryDB) lock(ctx context.Context, id ID, take string) (held context.Context, release func(), err error) {
 	if ctx, err = begin(ctx); err != nil {
 		return nil, nil, err
 	}
@@ -324,10 +335,14 @@ func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context
 		done()
 		return nil, nil, unavailable("lock", err)
 	}
-	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, id); err != nil {
+	taken := false
+	if err := conn.QueryRow(ctx, take, id).Scan(&taken); err != nil || !taken {
 		closeConn(conn)
 		done()
-		if ctx.Err() != nil {
+		switch {
+		case err == nil:
+			return nil, nil, errLocked
+		case ctx.Err() != nil:
 			return nil, nil, fmt.Errorf("%w: its lock was not free in time: %w", ErrInProgress, ctx.Err())
 		}
 		return nil, nil, unavailable("lock", err)
