@@ -86,13 +86,21 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 // transactions in flight end where they began and have Config.DrainTimeout for it, and no session is left, also of
 // a node that hears nothing. The old place's data stays, until [Catalog.DropPlace].
 //
+// An empty password, as [Catalog.DataSource] answers it, means the one that the primary has of the place. With the place that the tenant is in,
+// SetDataSource tells the catalog of a password that was changed by hand; of a place that it has left, an earlier login will do, and then what the primary has
+// counts, with whatever password.
+//
 // With [ErrNotClosed] the tenant has moved, and the old place is still to be closed, by the validity job. With any other error it has not moved:
 // [ErrInvalid], [ErrIdentity] (the place is another tenant's), [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady], [ErrNoProvisioner], [ErrInProgress],
 // [ErrPrimaryUnavailable] (whose answer to the last write may be lost: see Catalog.DataSource) or that of the new place's server.
 func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err error) {
 	const op = "set data source"
 	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
-	if err := d.validate(); err != nil {
+	given := d
+	if given.Password == "" {
+		given.Password = "that of the place" // which is valid
+	}
+	if err := given.validate(); err != nil {
 		return fail(invalid(fmt.Errorf("data source: %w", err)))
 	}
 	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
@@ -119,8 +127,12 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		return fail(err)
 	}
 	to.tenant = now.tenant
-	if d.User == to.source.User { // prove the login as given; where it was rotated since, what is known of it
+	switch {
+	case d.User == to.source.User: // prove the login as given; where it was rotated since, what is known of it
+		def(&d.Password, to.source.Password)
 		to.source = d
+	case to.id == now.id:
+		return fail(invalid(fmt.Errorf("data source: the tenant is in this place with login %q, and not %q", to.source.User, d.User)))
 	}
 	if now.tenant.State != StateActive { // the place is opened to be proved, and closed again
 		if err := c.unfence(ctx, id); err != nil {

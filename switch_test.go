@@ -666,6 +666,51 @@ func TestThePlaceInUseIsNeverClosedAsALeftOne(t *testing.T) {
 	}
 }
 
+// TestATenantMovesBackToWhereItWasMade does it as any caller can, who has never seen the password of that place.
+func TestATenantMovesBackToWhereItWasMade(t *testing.T) {
+	t.Parallel()
+	_, tn, acme, globex := twoTenants(t, tenancy.Config{})
+	c, ctx := tn.Catalog(), t.Context()
+	source := func(id tenancy.ID) tenancy.DataSource {
+		t.Helper()
+		d, err := c.DataSource(ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	move := func(d tenancy.DataSource) {
+		t.Helper()
+		if err := c.SetDataSource(ctx, acme.ID, d); err != nil {
+			t.Fatal(err)
+		}
+		if got := current(t, tn, acme.ID); got != d.Schema {
+			t.Errorf("work is done in %s, want %s", got, d.Schema)
+		}
+	}
+	made := source(acme.ID)
+	there := prepare(t, tn, acme.ID, "")
+	move(there)
+	move(made)
+	move(made) // nothing is new
+	if err := c.RotatePassword(ctx, acme.ID); err != nil {
+		t.Fatal(err)
+	}
+	before := mustTenant(t, tn, "acme").Generation
+	for _, password := range []tenancy.Secret{"", "wrong"} {
+		made.Password = password
+		wantError(t, c.SetDataSource(ctx, acme.ID, made), tenancy.ErrInvalid, made.User, source(acme.ID).User)
+	}
+	if after := mustTenant(t, tn, "acme").Generation; after != before {
+		t.Errorf("generation %d after %d", after, before)
+	}
+	there.Password = ""
+	move(there)
+	made.Password = ""
+	move(made) // by the login that it had when it was made
+	wantError(t, c.SetDataSource(ctx, acme.ID, source(globex.ID)), tenancy.ErrIdentity)
+}
+
 func TestAPasswordThatWasChangedByHandIsTold(t *testing.T) {
 	t.Parallel()
 	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
