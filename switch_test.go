@@ -608,6 +608,35 @@ func TestASwitchThatIsRefusedMovesNothing(t *testing.T) {
 	wantClosed(t, admin, former.User)
 }
 
+// TestAPlaceIsProvedBeforeATenantMoves: the primary says that the place is acme's, and what is there says that it is not.
+func TestAPlaceIsProvedBeforeATenantMoves(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, globex := twoTenants(t, tenancy.Config{})
+	c, admin := tn.Catalog(), f.Admin(t, "tenants")
+	here, there := sourceOf(t, tn, acme.ID), prepare(t, tn, acme.ID, "")
+	marker := pgx.Identifier{there.Schema, "tenancy_marker"}.Sanitize()
+	before := mustTenant(t, tn, "acme").Generation
+	for column, value := range map[string]string{"tenant": globex.UID.String(), "realm": acme.UID.String()} {
+		good := scan[string](t, admin, `SELECT `+column+`::text FROM `+marker)
+		must(t, admin, `UPDATE `+marker+` SET `+column+` = $1`, value)
+		wantError(t, c.SetDataSource(t.Context(), acme.ID, there), tenancy.ErrIdentity, "marker")
+		wantPlace(t, f, acme.ID, here)
+		wantOpen(t, admin, here.User)
+		if after := mustTenant(t, tn, "acme").Generation; after != before {
+			t.Errorf("%s: generation %d after %d", column, after, before)
+		}
+		for id, want := range map[tenancy.ID]string{acme.ID: here.Schema, globex.ID: placeOf(t, f, globex.ID).Schema} {
+			if got := current(t, tn, id); got != want {
+				t.Errorf("%s: work is done in %s, want %s", column, got, want)
+			}
+		}
+		must(t, admin, `UPDATE `+marker+` SET `+column+` = $1`, good)
+	}
+	if err := c.SetDataSource(t.Context(), acme.ID, there); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestAnOldPlaceOutOfReachIsClosedLater(t *testing.T) {
 	t.Parallel()
 	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
