@@ -264,11 +264,12 @@ func TestRotationsKilledAnywhereAreFinished(t *testing.T) {
 	f, tn, acme, globex := twoTenants(t, tenancy.Config{Limits: tenancy.Limits{Nodes: 2}})
 	admin, rng := f.Admin(t, "tenants"), rand.New(rand.NewPCG(5, 6))
 	l := startLoad(t, 1, []tenancy.Tenant{acme, globex}, tn)
+	before := mustTenant(t, tn, "acme").Generation
 	unfinished := map[string]int{}
-	for range killings() {
+	for i := 0; i < killings() || unfinished["none"] == i && i < 10*killings(); i++ { // until one has died in the middle
 		verb := startVerb(t, f, acme.ID)
 		time.Sleep(300*time.Millisecond + time.Duration(rng.Int64N(int64(600*time.Millisecond)))) // a moment that nothing waits for is the point
-		kill(verb)
+		killAtWork(t, verb)
 		bury(t, f, verb)
 		unfinished[ask[string](t, f, "primary", `SELECT CASE WHEN next_login <> '' THEN 'next' WHEN old_login <> '' THEN 'old' ELSE 'none' END
 			FROM tenancy.data_sources d JOIN tenancy.tenants t ON t.data_source = d.id WHERE t.id = $1`, acme.ID)]++
@@ -278,7 +279,11 @@ func TestRotationsKilledAnywhereAreFinished(t *testing.T) {
 		}
 		wantOneLogin(t, f, tn, acme.ID, true)
 	}
-	t.Logf("left unfinished: %v", unfinished)
+	rotations := mustTenant(t, tn, "acme").Generation - before
+	t.Logf("%d rotations; left unfinished: %v", rotations, unfinished)
+	if rotations == 0 || unfinished["next"]+unfinished["old"] == 0 {
+		t.Error("nothing was killed in the middle: the test shows nothing")
+	}
 	l.wantNoFailure(admin, map[string][]string{"acme": {tableOf(sourceOf(t, tn, acme.ID))}, "globex": {tableOf(sourceOf(t, tn, globex.ID))}})
 	wantOneLogin(t, f, tn, globex.ID, true)
 }

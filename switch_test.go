@@ -783,6 +783,15 @@ func kill(cmd *exec.Cmd) {
 	_ = cmd.Wait()
 }
 
+// killAtWork is kill for a process that must not have ended before.
+func killAtWork(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	kill(cmd)
+	if status, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || !status.Signaled() {
+		t.Errorf("the process had ended by itself: %v", cmd.ProcessState)
+	}
+}
+
 // bury takes a node that was killed off the list, so that nobody waits for it.
 func bury(t *testing.T, f *tenancytest.Fleet, cmd *exec.Cmd) {
 	t.Helper()
@@ -930,11 +939,12 @@ func TestSwitchesKilledAnywhereAreFinished(t *testing.T) {
 		t.Fatal(err)
 	}
 	l := startLoad(t, 1, []tenancy.Tenant{acme, globex}, tn)
+	before := mustTenant(t, tn, "acme").Generation
 	unfinished := 0
-	for range killings() {
+	for i := 0; i < killings() || unfinished == 0 && i < 10*killings(); i++ { // until one has died in the middle
 		verb := startVerb(t, f, acme.ID, places...)
 		time.Sleep(300*time.Millisecond + time.Duration(rng.Int64N(int64(600*time.Millisecond)))) // a moment that nothing waits for is the point
-		kill(verb)
+		killAtWork(t, verb)
 		bury(t, f, verb)
 		unfinished += ask[int](t, f, "primary", `SELECT count(*) FROM tenancy.data_sources WHERE leaving IS NOT NULL`)
 		age(t, f)
@@ -950,7 +960,11 @@ func TestSwitchesKilledAnywhereAreFinished(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d of %d died with a place to close", unfinished, killings())
+	moves := mustTenant(t, tn, "acme").Generation - before
+	t.Logf("%d moves; %d processes died with a place to close", moves, unfinished)
+	if moves == 0 || unfinished == 0 {
+		t.Error("nothing was killed in the middle: the test shows nothing")
+	}
 	l.wantNoFailure(admin, map[string][]string{"acme": {tableOf(places[0]), tableOf(places[1])}, "globex": {tableOf(sourceOf(t, tn, globex.ID))}})
 }
 
