@@ -65,13 +65,25 @@ func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 }
 
 // doubtLogin has the tenant's configuration read again because its login was refused: once in a while, however many calls that fails. When
-// it returns, what is remembered is no older than the refusal, or than that while.
-func (p *tenantPool) doubtLogin(v *view) {
+// it returns, what is remembered is no older than the refusal, or than that while, unless the primary did not answer or ctx has ended.
+func (p *tenantPool) doubtLogin(ctx context.Context, v *view) {
 	p.doubtMu.Lock()
-	defer p.doubtMu.Unlock()
-	if time.Since(p.doubted) > breakerPause {
+	first := time.Since(p.doubted) > breakerPause
+	var read <-chan struct{}
+	if first {
 		p.doubted = time.Now()
-		v.doubt(p.tenant.ID)
+		read = v.reread(p.tenant.ID)
+	} else {
+		read = v.tenants().reloading(p.tenant.ID)
+	}
+	p.doubtMu.Unlock()
+	if first {
+		v.await(ctx, read)
+		return
+	}
+	select { // whoever was first says that something may have changed
+	case <-read:
+	case <-ctx.Done():
 	}
 }
 

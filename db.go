@@ -306,9 +306,9 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 // acquireAnew reads the tenant's configuration once more and tries again if it is a newer one. p is the pool whose login was refused.
 func (tn *Tenancy) acquireAnew(ctx context.Context, r *record, p *tenantPool, refused error) (checkout, error) {
 	if p == nil { // it could not even be built
-		tn.view.doubt(r.tenant.ID)
+		tn.view.doubt(ctx, r.tenant.ID)
 	} else {
-		p.doubtLogin(tn.view)
+		p.doubtLogin(ctx, tn.view)
 	}
 	now, err := tn.view.record(ctx, r.tenant.ID)
 	if err == nil {
