@@ -139,7 +139,7 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 			return fail(err)
 		}
 		defer func() {
-			if err = closeAgain(ctx, to, err); errors.Is(err, ErrNotClosed) && !errors.As(err, new(*Error)) {
+			if err = c.closeAgain(ctx, to, now.fenced, err); errors.Is(err, ErrNotClosed) && !errors.As(err, new(*Error)) {
 				err = fail(err)
 			}
 		}()
@@ -163,13 +163,17 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 const closeAgainTimeout = 20 * time.Second
 
 // closeAgain closes a place of a tenant that is out of service, which was opened to be proved. The validity job does it where this
-// fails, and where the tenant's lock was lost: another node may have resumed the tenant since.
-func closeAgain(ctx context.Context, p *place, err error) error {
+// fails, and where the tenant's lock was lost: another node may have resumed the tenant since. fenced says whether the tenant's other places
+// were closed before p was opened, so that all are.
+func (c *Catalog) closeAgain(ctx context.Context, p *place, fenced bool, err error) error {
 	ctx, cancel := afterwards(ctx, closeAgainTimeout)
 	defer cancel()
 	failed := context.Cause(ctx)
 	if failed == nil {
 		failed = fencePlace(ctx, p, atWork, 0)
+	}
+	if failed == nil && fenced {
+		_ = c.writeFenced(ctx, p.tenant.ID) // the place is closed all the same, and the job closes it again
 	}
 	switch {
 	case failed == nil:

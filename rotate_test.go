@@ -352,14 +352,35 @@ func TestATenantOutOfServiceIsRotatedAndStaysSo(t *testing.T) {
 			t.Fatal(err)
 		}
 		before, state := sourceOf(t, tn, acme.ID), mustTenant(t, tn, "acme").State
+		fenced := func(after string, want bool) {
+			t.Helper()
+			if got := ask[bool](t, f, "primary", `SELECT fenced IS NOT NULL FROM tenancy.tenants WHERE id = $1`, acme.ID); got != want {
+				t.Errorf("%s, after %s: fenced is %v, want %v", state, after, got, want)
+			}
+		}
 		if err := c.RotatePassword(ctx, acme.ID); err != nil {
 			t.Fatal(err)
 		}
+		fenced("a rotation", true)
 		wantOneLogin(t, f, tn, acme.ID, false)
+		from := sourceOf(t, tn, acme.ID)
+		for _, to := range []tenancy.DataSource{prepare(t, tn, acme.ID, ""), from} {
+			if err := c.SetDataSource(ctx, acme.ID, to); err != nil {
+				t.Fatal(err)
+			}
+			fenced("a move", true)
+			wantClosed(t, f.Admin(t, "tenants"), to.User)
+		}
+		// What was not closed before is not closed by that: a place out of reach may have been left open.
+		change(t, f, "primary", `UPDATE tenancy.tenants SET fenced = NULL WHERE id = $1`, acme.ID)
+		if err := c.SetDataSource(ctx, acme.ID, from); err != nil {
+			t.Fatal(err)
+		}
+		fenced("a move of a tenant that was not fenced", false)
 		if after := sourceOf(t, tn, acme.ID); after.User == before.User {
 			t.Errorf("%s: the login is still %s", state, after.User)
 		}
-		if got := scan[string](t, f.Admin(t, "primary"), `SELECT action FROM tenancy.audit ORDER BY id DESC LIMIT 1`); got != "rotate password" {
+		if got := scan[string](t, f.Admin(t, "primary"), `SELECT action FROM tenancy.audit WHERE action NOT IN ('prepare', 'set data source') ORDER BY id DESC LIMIT 1`); got != "rotate password" {
 			t.Errorf("%s: the audit trail ends with %q", state, got)
 		}
 		if got := mustTenant(t, tn, "acme").State; got != state {
