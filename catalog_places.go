@@ -41,12 +41,13 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 			return fail(ErrTenantGone)
 		}
 		uid = t.UID
-	} else {
-		done, err := c.tn.primary.verb(ctx)
+	} else { // or the validity job could take the place for one that a crash has left
+		held, release, err := c.tn.primary.tryLockUID(ctx, uid)
 		if err != nil {
 			return fail(err)
 		}
-		defer done()
+		defer release()
+		ctx = held
 	}
 	var source int64
 	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) (err error) {
@@ -312,6 +313,28 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 	return nil
 }
 
+// lockUnused locks the place as the Prepare that makes it does: errLocked says that one is at work. The place is read again.
+func (c *Catalog) lockUnused(ctx context.Context, p *place) (held context.Context, locked *place, release func(), err error) {
+	var id ID
+	err = c.tn.primary.pool.QueryRow(ctx, `SELECT id FROM tenancy.tenants WHERE uid = $1`, p.tenant.UID).Scan(&id)
+	switch {
+	case err == nil:
+		held, release, err = c.tn.primary.tryLockTenant(ctx, id)
+	case errors.Is(err, pgx.ErrNoRows):
+		held, release, err = c.tn.primary.tryLockUID(ctx, p.tenant.UID)
+	default:
+		err = unavailable("lock place", err)
+	}
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	if locked, err = c.placeByID(held, p.id); err != nil {
+		release()
+		return nil, nil, nil, err
+	}
+	return held, locked, release, nil
+}
+
 // dropUnused drops a place in state intent. Sessions there would keep its tables, and go on without a role.
 func (c *Catalog) dropUnused(ctx context.Context, p *place) error {
 	if err := fencePlace(ctx, p, atWork, 0); err != nil {
@@ -352,8 +375,10 @@ func (c *Catalog) placeByID(ctx context.Context, id int64) (*place, error) {
 		return nil, unavailable("read place", err)
 	}
 	p.tenant.realm = db.realm
-	if p.source, err = db.openSource(p.tenant.UID, "data_source", sealed); err != nil {
-		return nil, err
+	if p.state != "dropped" {
+		if p.source, err = db.openSource(p.tenant.UID, "data_source", sealed); err != nil {
+			return nil, err
+		}
 	}
 	return &p, c.openProvisioner(&p, provisioner)
 }

@@ -312,17 +312,23 @@ func audit(ctx context.Context, tx pgx.Tx, action string, tenant ID, detail map[
 //
 // The returned context ends when the lock is lost: what goes on then could meet another node's work on the same tenant.
 func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
-	return p.lock(ctx, id, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))::text IS NOT NULL`)
+	return p.lock(ctx, id, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))::text IS NOT NULL`, id)
 }
 
 // tryLockTenant is lockTenant for who has other things to do: it is errLocked at once when a verb has the lock.
 func (p *primaryDB) tryLockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
-	return p.lock(ctx, id, `SELECT pg_try_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`)
+	return p.lock(ctx, id, `SELECT pg_try_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, id)
+}
+
+// tryLockUID is tryLockTenant for a UID that is to be a tenant's.
+func (p *primaryDB) tryLockUID(ctx context.Context, uid UID) (held context.Context, release func(), err error) {
+	return p.lock(ctx, 0, `SELECT pg_try_advisory_lock(hashtextextended('tenancy uid ' || $1::uuid, 0))`, uid)
 }
 
 var errLocked = hinted(ErrInProgress, "another verb is at work on the tenant")
 
-func (p *primaryDB) lock(ctx context.Context, id ID, take string) (held context.Context, release func(), err error) {
+// lock runs take on a connection of its own, which answers whether the lock was free.
+func (p *primaryDB) lock(ctx context.Context, id ID, take string, key any) (held context.Context, release func(), err error) {
 	if ctx, err = begin(ctx); err != nil {
 		return nil, nil, err
 	}
@@ -336,7 +342,7 @@ func (p *primaryDB) lock(ctx context.Context, id ID, take string) (held context.
 		return nil, nil, unavailable("lock", err)
 	}
 	taken := false
-	if err := conn.QueryRow(ctx, take, id).Scan(&taken); err != nil || !taken {
+	if err := conn.QueryRow(ctx, take, key).Scan(&taken); err != nil || !taken {
 		closeConn(conn)
 		done()
 		switch {

@@ -175,13 +175,30 @@ func (c *Catalog) dropUnfinishedPlaces(ctx context.Context) error {
 	}
 	var errs []error
 	for _, id := range ids {
-		p, err := c.placeByID(ctx, id)
-		if err == nil {
-			err = c.dropUnused(ctx, p)
-		}
-		errs = append(errs, err)
+		errs = append(errs, c.dropUnfinishedPlace(ctx, id))
 	}
 	return errors.Join(errs...)
+}
+
+func (c *Catalog) dropUnfinishedPlace(ctx context.Context, id int64) error {
+	ctx, cancel := context.WithTimeout(ctx, finishTimeout)
+	defer cancel()
+	p, err := c.placeByID(ctx, id)
+	if err != nil {
+		return err
+	}
+	ctx, p, release, err := c.lockUnused(ctx, p)
+	switch {
+	case errors.Is(err, errLocked): // a Prepare that takes its time
+		return nil
+	case err != nil:
+		return err
+	}
+	defer release()
+	if p.state != "intent" {
+		return nil
+	}
+	return c.dropUnused(ctx, p)
 }
 
 // parseCron reads a schedule. The parser panics on some zone prefixes and accepts schedules that never fire, so both are refused here.
