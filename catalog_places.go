@@ -275,15 +275,11 @@ func (c *Catalog) leavePlace(ctx context.Context, p *place) error {
 }
 
 // DropPlace drops a place that no tenant uses, for good: one that [Catalog.Prepare] made and nobody took, or one that a
-// tenant has moved away from. A place in use is [ErrInvalid], as is one that is not known. Other errors are [ErrNoProvisioner] and [ErrPrimaryUnavailable].
+// tenant has moved away from. A DropPlace that died is finished by the next one, or by the validity job. A place in use is [ErrInvalid], as is one that
+// is not known. Other errors are [ErrInProgress], [ErrNoProvisioner] and [ErrPrimaryUnavailable].
 func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 	fail := func(err error) error { return &Error{Op: "drop place", Err: err} }
-	done, err := c.tn.primary.verb(ctx)
-	if err != nil {
-		return fail(err)
-	}
-	defer done()
-	_, source, err := c.prepared(ctx, c.tn.primary.pool, d)
+	_, source, err := c.findPlace(ctx, c.tn.primary.pool, d, "made", "intent")
 	if err != nil {
 		return fail(refusal("drop place", err))
 	}
@@ -291,6 +287,11 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 	if err != nil {
 		return fail(err)
 	}
+	ctx, done, err := c.beginDrop(ctx, p)
+	if err != nil {
+		return fail(err)
+	}
+	defer done()
 	// Marked before it is dropped: from here on no tenant can take it, and the validity job finishes what a crash leaves.
 	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) error {
 		// The row is locked by a statement of its own: the next one sees the tenant that a move has just brought here.
@@ -298,7 +299,7 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 			return err
 		}
 		tag, err := tx.Exec(ctx, `UPDATE tenancy.data_sources d SET state = 'intent', updated = now()
-			WHERE id = $1 AND state = 'made' AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)`, source)
+			WHERE id = $1 AND state IN ('made', 'intent') AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)`, source)
 		if err == nil && tag.RowsAffected() == 0 {
 			err = invalid(errors.New("data source: a tenant uses this place"))
 		}
@@ -311,6 +312,16 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 		return fail(err)
 	}
 	return nil
+}
+
+// beginDrop takes what a DropPlace needs. A place that is not made may be on its way: then it is locked.
+func (c *Catalog) beginDrop(ctx context.Context, p *place) (held context.Context, done func(), err error) {
+	if p.state == "intent" {
+		held, _, done, err = c.lockUnused(ctx, p)
+		return held, done, err
+	}
+	done, err = c.tn.primary.verb(ctx)
+	return ctx, done, err
 }
 
 // lockUnused locks the place as the Prepare that makes it does: errLocked says that one is at work. The place is read again.
@@ -352,9 +363,14 @@ const placeGone = `state = 'dropped', sealed = '', next_login = '', next_sealed 
 
 // prepared finds the place that d names among those that Prepare made.
 func (c *Catalog) prepared(ctx context.Context, q querier, d DataSource) (uid UID, source int64, err error) {
+	return c.findPlace(ctx, q, d, "made")
+}
+
+// findPlace finds the place that d names, in one of the states.
+func (c *Catalog) findPlace(ctx context.Context, q querier, d DataSource, states ...string) (uid UID, source int64, err error) {
 	err = q.QueryRow(ctx, `SELECT d.uid, d.id FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
-		WHERE s.host = $1 AND s.port = $2 AND s.database = $3 AND d.schema = $4 AND (d.login = $5 OR $5 LIKE d.schema || '\_l%') AND d.state = 'made'`,
-		d.Host, d.Port, d.Database, d.Schema, d.User).Scan(&uid, &source)
+		WHERE s.host = $1 AND s.port = $2 AND s.database = $3 AND d.schema = $4 AND (d.login = $5 OR $5 LIKE d.schema || '\_l%') AND d.state = ANY($6)`,
+		d.Host, d.Port, d.Database, d.Schema, d.User, states).Scan(&uid, &source)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return uid, 0, invalid(fmt.Errorf("data source: %s schema %q with login %q is not a place that Catalog.Prepare made", d.Address(), d.Schema, d.User))
 	}

@@ -988,6 +988,44 @@ func TestDroppingAPlaceEndsItsSessions(t *testing.T) {
 	}
 }
 
+// TestADropPlaceThatDiedIsFinishedByTheNext, each time with more of the place gone.
+func TestADropPlaceThatDiedIsFinishedByTheNext(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
+	c, admin, primary := tn.Catalog(), f.Admin(t, "tenants"), f.Admin(t, "primary")
+	for name, died := range map[string]func(d tenancy.DataSource){
+		"marked":      func(tenancy.DataSource) {},
+		"schema_gone": func(d tenancy.DataSource) { must(t, admin, `DROP SCHEMA `+d.Schema+` CASCADE`) },
+		"no_login_left": func(d tenancy.DataSource) {
+			must(t, admin, `DROP OWNED BY `+d.User)
+			must(t, admin, `DROP ROLE `+d.User)
+		},
+	} {
+		for _, id := range []tenancy.ID{acme.ID, 0} {
+			d := prepare(t, tn, id, "")
+			must(t, primary, `UPDATE tenancy.data_sources SET state = 'intent' WHERE schema = $1`, d.Schema)
+			died(d)
+			if err := c.DropPlace(t.Context(), d); err != nil {
+				t.Errorf("%s, for %d: %v", name, id, err)
+			}
+			if n := scan[int](t, admin, `SELECT count(*) FROM pg_roles WHERE starts_with(rolname, $1)`, d.Schema); n != 0 {
+				t.Errorf("%s, for %d: %d roles are left", name, id, n)
+			}
+			wantError(t, c.DropPlace(t.Context(), d), tenancy.ErrInvalid)
+		}
+	}
+	// One that is being made is not what a DropPlace has left.
+	d := prepare(t, tn, acme.ID, "")
+	must(t, primary, `UPDATE tenancy.data_sources SET state = 'intent' WHERE schema = $1`, d.Schema)
+	must(t, primary, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, acme.ID)
+	wantError(t, c.DropPlace(t.Context(), d), tenancy.ErrInProgress)
+	here := sourceOf(t, tn, acme.ID)
+	must(t, primary, `SELECT pg_advisory_unlock_all()`)
+	must(t, primary, `UPDATE tenancy.data_sources SET state = 'intent' WHERE schema = $1`, here.Schema)
+	wantError(t, c.DropPlace(t.Context(), here), tenancy.ErrInvalid, "a tenant uses this place")
+	wantOpen(t, admin, here.User)
+}
+
 // TestAPlaceIsNotDroppedUnderATenant lets a DropPlace and a move to the same place meet, either one first.
 func TestAPlaceIsNotDroppedUnderATenant(t *testing.T) {
 	t.Parallel()
