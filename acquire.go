@@ -264,7 +264,7 @@ func (p *tenantPool) evict() bool {
 }
 
 // outdates says whether an answer of the server means that the pool's other connections are worth nothing: the server goes
-// away, has become read-only, or has plans of tables that are no longer so. See facts on failover in docs/operations.md.
+// away, has become read-only, or has plans of tables that are no longer so. See "A tenants' server restarts or fails over" in docs/operations.md.
 func outdates(conn *pgconn.PgConn, err *pgconn.PgError) bool {
 	switch err.Code {
 	case "57P01", "57P02", "57P03":
