@@ -68,13 +68,25 @@ func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 }
 
 // doubtLogin has the tenant's configuration read again because its login was refused: once in a while, however many calls that fails. When
-// it returns, what is remembered is no older than the refusal, or than that while.
-func (p *tenantPool) doubtLogin(v *view) {
+// it returns, what is remembered is no older than the refusal, or than that while, unless the primary did not answer or ctx has ended.
+func (p *tenantPool) doubtLogin(ctx context.Context, v *view) {
 	p.doubtMu.Lock()
-	defer p.doubtMu.Unlock()
-	if time.Since(p.doubted) > breakerPause {
+	first := time.Since(p.doubted) > breakerPause
+	var read <-chan struct{}
+	if first {
 		p.doubted = time.Now()
-		v.doubt(p.tenant.ID)
+		read = v.reread(p.tenant.ID)
+	} else {
+		read = v.tenants().reloading(p.tenant.ID)
+	}
+	p.doubtMu.Unlock()
+	if first {
+		v.await(ctx, read)
+		return
+	}
+	select { // whoever was first says that something may have changed
+	case <-read:
+	case <-ctx.Done():
 	}
 }
 
@@ -283,7 +295,7 @@ func (p *tenantPool) evict() bool {
 }
 
 // outdates says whether an answer of the server means that the pool's other connections are worth nothing: the server goes
-// away, has become read-only, or has plans of tables that are no longer so. See facts on failover in docs/operations.md.
+// away, has become read-only, or has plans of tables that are no longer so. See "A tenants' server restarts or fails over" in docs/operations.md.
 func outdates(conn *pgconn.PgConn, err *pgconn.PgError) bool {
 	switch err.Code {
 	case "57P01", "57P02", "57P03":

@@ -41,12 +41,13 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 			return fail(ErrTenantGone)
 		}
 		uid = t.UID
-	} else {
-		done, err := c.tn.primary.verb(ctx)
+	} else { // or the validity job could take the place for one that a crash has left
+		held, release, err := c.tn.primary.tryLockUID(ctx, uid)
 		if err != nil {
 			return fail(err)
 		}
-		defer done()
+		defer release()
+		ctx = held
 	}
 	var source int64
 	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) (err error) {
@@ -86,13 +87,21 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 // transactions in flight end where they began and have Config.DrainTimeout for it, and no session is left, also of
 // a node that hears nothing. The old place's data stays, until [Catalog.DropPlace].
 //
+// An empty password, as [Catalog.DataSource] answers it, means the one that the primary has of the place. With the place that the tenant is in,
+// SetDataSource tells the catalog of a password that was changed by hand; of a place that it has left, an earlier login will do, and then what the primary has
+// counts, with whatever password.
+//
 // With [ErrNotClosed] the tenant has moved, and the old place is still to be closed, by the validity job. With any other error it has not moved:
 // [ErrInvalid], [ErrIdentity] (the place is another tenant's), [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady], [ErrNoProvisioner], [ErrInProgress],
 // [ErrPrimaryUnavailable] (whose answer to the last write may be lost: see Catalog.DataSource) or that of the new place's server.
 func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err error) {
 	const op = "set data source"
 	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
-	if err := d.validate(); err != nil {
+	given := d
+	if given.Password == "" {
+		given.Password = "that of the place" // which is valid
+	}
+	if err := given.validate(); err != nil {
 		return fail(invalid(fmt.Errorf("data source: %w", err)))
 	}
 	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
@@ -119,15 +128,19 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		return fail(err)
 	}
 	to.tenant = now.tenant
-	if d.User == to.source.User { // prove the login as given; where it was rotated since, what is known of it
+	switch {
+	case d.User == to.source.User: // prove the login as given; where it was rotated since, what is known of it
+		def(&d.Password, to.source.Password)
 		to.source = d
+	case to.id == now.id:
+		return fail(invalid(fmt.Errorf("data source: the tenant is in this place with login %q, and not %q", to.source.User, d.User)))
 	}
 	if now.tenant.State != StateActive { // the place is opened to be proved, and closed again
 		if err := c.unfence(ctx, id); err != nil {
 			return fail(err)
 		}
 		defer func() {
-			if err = closeAgain(ctx, to, err); errors.Is(err, ErrNotClosed) && !errors.As(err, new(*Error)) {
+			if err = c.closeAgain(ctx, to, now.fenced, err); errors.Is(err, ErrNotClosed) && !errors.As(err, new(*Error)) {
 				err = fail(err)
 			}
 		}()
@@ -147,9 +160,22 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 	return nil
 }
 
-// closeAgain closes a place of a tenant that is out of service, which was opened to be proved. The validity job does it where this fails.
-func closeAgain(ctx context.Context, p *place, err error) error {
-	failed := fencePlace(context.WithoutCancel(ctx), p, atWork, 0)
+// closeAgainTimeout bounds closeAgain, whose caller's own bound may be over. The end of a tenant's sessions alone has 15 s of it.
+const closeAgainTimeout = 20 * time.Second
+
+// closeAgain closes a place of a tenant that is out of service, which was opened to be proved. The validity job does it where this
+// fails, and where the tenant's lock was lost: another node may have resumed the tenant since. fenced says whether the tenant's other places
+// were closed before p was opened, so that all are.
+func (c *Catalog) closeAgain(ctx context.Context, p *place, fenced bool, err error) error {
+	ctx, cancel := afterwards(ctx, closeAgainTimeout)
+	defer cancel()
+	failed := context.Cause(ctx)
+	if failed == nil {
+		failed = fencePlace(ctx, p, atWork, 0)
+	}
+	if failed == nil && fenced {
+		_ = c.writeFenced(ctx, p.tenant.ID) // the place is closed all the same, and the job closes it again
+	}
 	switch {
 	case failed == nil:
 		return err
@@ -249,15 +275,11 @@ func (c *Catalog) leavePlace(ctx context.Context, p *place) error {
 }
 
 // DropPlace drops a place that no tenant uses, for good: one that [Catalog.Prepare] made and nobody took, or one that a
-// tenant has moved away from. A place in use is [ErrInvalid], as is one that is not known. Other errors are [ErrNoProvisioner] and [ErrPrimaryUnavailable].
+// tenant has moved away from. A DropPlace that died is finished by the next one, or by the validity job. A place in use is [ErrInvalid], as is one that
+// is not known. Other errors are [ErrInProgress], [ErrNoProvisioner] and [ErrPrimaryUnavailable].
 func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 	fail := func(err error) error { return &Error{Op: "drop place", Err: err} }
-	done, err := c.tn.primary.verb(ctx)
-	if err != nil {
-		return fail(err)
-	}
-	defer done()
-	_, source, err := c.prepared(ctx, c.tn.primary.pool, d)
+	_, source, err := c.findPlace(ctx, c.tn.primary.pool, d, "made", "intent")
 	if err != nil {
 		return fail(refusal("drop place", err))
 	}
@@ -265,6 +287,11 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 	if err != nil {
 		return fail(err)
 	}
+	ctx, done, err := c.beginDrop(ctx, p)
+	if err != nil {
+		return fail(err)
+	}
+	defer done()
 	// Marked before it is dropped: from here on no tenant can take it, and the validity job finishes what a crash leaves.
 	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) error {
 		// The row is locked by a statement of its own: the next one sees the tenant that a move has just brought here.
@@ -272,7 +299,7 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 			return err
 		}
 		tag, err := tx.Exec(ctx, `UPDATE tenancy.data_sources d SET state = 'intent', updated = now()
-			WHERE id = $1 AND state = 'made' AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)`, source)
+			WHERE id = $1 AND state IN ('made', 'intent') AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)`, source)
 		if err == nil && tag.RowsAffected() == 0 {
 			err = invalid(errors.New("data source: a tenant uses this place"))
 		}
@@ -285,6 +312,38 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 		return fail(err)
 	}
 	return nil
+}
+
+// beginDrop takes what a DropPlace needs. A place that is not made may be on its way: then it is locked.
+func (c *Catalog) beginDrop(ctx context.Context, p *place) (held context.Context, done func(), err error) {
+	if p.state == "intent" {
+		held, _, done, err = c.lockUnused(ctx, p)
+		return held, done, err
+	}
+	done, err = c.tn.primary.verb(ctx)
+	return ctx, done, err
+}
+
+// lockUnused locks the place as the Prepare that makes it does: errLocked says that one is at work. The place is read again.
+func (c *Catalog) lockUnused(ctx context.Context, p *place) (held context.Context, locked *place, release func(), err error) {
+	var id ID
+	err = c.tn.primary.pool.QueryRow(ctx, `SELECT id FROM tenancy.tenants WHERE uid = $1`, p.tenant.UID).Scan(&id)
+	switch {
+	case err == nil:
+		held, release, err = c.tn.primary.tryLockTenant(ctx, id)
+	case errors.Is(err, pgx.ErrNoRows):
+		held, release, err = c.tn.primary.tryLockUID(ctx, p.tenant.UID)
+	default:
+		err = unavailable("lock place", err)
+	}
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	if locked, err = c.placeByID(held, p.id); err != nil {
+		release()
+		return nil, nil, nil, err
+	}
+	return held, locked, release, nil
 }
 
 // dropUnused drops a place in state intent. Sessions there would keep its tables, and go on without a role.
@@ -304,9 +363,14 @@ const placeGone = `state = 'dropped', sealed = '', next_login = '', next_sealed 
 
 // prepared finds the place that d names among those that Prepare made.
 func (c *Catalog) prepared(ctx context.Context, q querier, d DataSource) (uid UID, source int64, err error) {
+	return c.findPlace(ctx, q, d, "made")
+}
+
+// findPlace finds the place that d names, in one of the states.
+func (c *Catalog) findPlace(ctx context.Context, q querier, d DataSource, states ...string) (uid UID, source int64, err error) {
 	err = q.QueryRow(ctx, `SELECT d.uid, d.id FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
-		WHERE s.host = $1 AND s.port = $2 AND s.database = $3 AND d.schema = $4 AND (d.login = $5 OR $5 LIKE d.schema || '\_l%') AND d.state = 'made'`,
-		d.Host, d.Port, d.Database, d.Schema, d.User).Scan(&uid, &source)
+		WHERE s.host = $1 AND s.port = $2 AND s.database = $3 AND d.schema = $4 AND (d.login = $5 OR $5 LIKE d.schema || '\_l%') AND d.state = ANY($6)`,
+		d.Host, d.Port, d.Database, d.Schema, d.User, states).Scan(&uid, &source)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return uid, 0, invalid(fmt.Errorf("data source: %s schema %q with login %q is not a place that Catalog.Prepare made", d.Address(), d.Schema, d.User))
 	}
@@ -327,8 +391,10 @@ func (c *Catalog) placeByID(ctx context.Context, id int64) (*place, error) {
 		return nil, unavailable("read place", err)
 	}
 	p.tenant.realm = db.realm
-	if p.source, err = db.openSource(p.tenant.UID, "data_source", sealed); err != nil {
-		return nil, err
+	if p.state != "dropped" {
+		if p.source, err = db.openSource(p.tenant.UID, "data_source", sealed); err != nil {
+			return nil, err
+		}
 	}
 	return &p, c.openProvisioner(&p, provisioner)
 }

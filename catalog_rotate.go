@@ -61,7 +61,7 @@ func (c *Catalog) finishRotation(ctx context.Context, p *place) error {
 
 func (c *Catalog) rotate(ctx context.Context, p *place) (err error) {
 	if p.tenant.State != StateActive { // the login is opened to be proved, and closed again
-		defer func() { err = closeAgain(ctx, p, err) }()
+		defer func() { err = c.closeAgain(ctx, p, p.fenced, err) }()
 	}
 	for _, step := range c.rotation() {
 		err := step(ctx, p)

@@ -112,7 +112,12 @@ func (c *Catalog) fenceTenant(ctx context.Context, p *place, drain time.Duration
 	if len(errs) > 0 {
 		return errors.Join(errs...)
 	}
-	_, err = c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.tenants SET fenced = now() WHERE id = $1 AND state IN ('suspended', 'maintenance', 'deleted')`, p.tenant.ID)
+	return c.writeFenced(ctx, p.tenant.ID)
+}
+
+// writeFenced says that all places of a tenant that is out of service are closed.
+func (c *Catalog) writeFenced(ctx context.Context, id ID) error {
+	_, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.tenants SET fenced = now() WHERE id = $1 AND state IN ('suspended', 'maintenance', 'deleted')`, id)
 	return unavailable("fence", err)
 }
 

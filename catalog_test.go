@@ -923,3 +923,45 @@ func TestEveryWriteIsNumberedAnnouncedAndAudited(t *testing.T) {
 		}
 	}
 }
+
+// TestTheValidityJobDropsNoPlaceThatIsBeingMade has a Prepare take longer than an hour, by the primary's clock.
+func TestTheValidityJobDropsNoPlaceThatIsBeingMade(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: fstest.MapFS{"00001_slow.sql": {Data: []byte("-- +goose Up\nSELECT pg_advisory_xact_lock(4711);\nCREATE TABLE notes (id bigint PRIMARY KEY);\n")}}})
+	c, admin := tn.Catalog(), f.Admin(t, "tenants")
+	acme := tenancytest.Create(t, tn, "acme")
+	for _, id := range []tenancy.ID{acme.ID, 0} {
+		must(t, admin, `SELECT pg_advisory_lock(4711)`)
+		type result struct {
+			d   tenancy.DataSource
+			err error
+		}
+		prepared := make(chan result, 1)
+		go func() {
+			d, err := c.Prepare(t.Context(), id, "")
+			prepared <- result{d, err}
+		}()
+		until(t, 10*time.Second, "1", func() string {
+			return fmt.Sprint(scan[int](t, admin, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 4711 AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`))
+		})
+		age(t, f)
+		if err := tn.Refresh(t.Context()); err != nil {
+			t.Error(err)
+		}
+		must(t, admin, `SELECT pg_advisory_unlock(4711)`)
+		r := <-prepared
+		if r.err != nil {
+			t.Errorf("tenant %d: %v", id, r.err)
+			continue
+		}
+		wantOpen(t, admin, r.d.User)
+		age(t, f)
+		if err := tn.Refresh(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if err := c.DropPlace(t.Context(), r.d); err != nil {
+			t.Errorf("tenant %d: %v", id, err)
+		}
+	}
+}

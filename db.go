@@ -57,29 +57,75 @@ func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any)
 		if err != nil {
 			return pgconn.CommandTag{}, err
 		}
-		tag, err := c.exec(ctx, sql, arguments)
-		if again || !mayRepeat(ctx, err) || len(arguments) == 0 && !neverSent(err) { // without arguments it may be several statements
+		tag, harmless, err := c.exec(ctx, sql, arguments)
+		if again || !harmless {
 			return tag, err
 		}
 	}
 }
 
-func (c *checkout) exec(ctx context.Context, sql string, arguments []any) (pgconn.CommandTag, error) {
+// exec also says whether the statement may be sent once more.
+func (c *checkout) exec(ctx context.Context, sql string, arguments []any) (tag pgconn.CommandTag, harmless bool, err error) {
 	defer c.release() // also when an argument's Value method panics
-	return c.conn.Exec(ctx, sql, arguments...)
+	tag, err = c.conn.Exec(ctx, sql, arguments...)
+	return tag, err != nil && mayRepeat(ctx, err, execsOne(ctx, c.conn.Conn(), sql, arguments)), err
 }
 
-// mayRepeat says whether a statement outside a transaction may be sent once more after err, because it had no effect: it
-// was never sent, or the server refused a plan that is older than a migration.
-func mayRepeat(ctx context.Context, err error) bool {
+// mayRepeat says whether what was done outside a transaction may be done once more after err, because it had no effect: it
+// was never sent, or the server refused a plan that is older than a migration. one says that it was one statement for certain: of several, those
+// before the one that was refused may have been committed.
+func mayRepeat(ctx context.Context, err error, one bool) bool {
 	if err == nil || ctx.Err() != nil {
 		return false
 	}
 	if neverSent(err) {
 		return true
 	}
+	if !one {
+		return false
+	}
 	refused, ok := errors.AsType[*pgconn.PgError](err)
 	return ok && outdatedPlan(refused) && refused.Where == "" // else a function or a procedure was at work, which may have committed something
+}
+
+// execsOne says whether pgx's Exec sent one statement for certain: by the extended protocol, which it does not take without arguments.
+func execsOne(ctx context.Context, conn *pgx.Conn, sql string, arguments []any) bool {
+	mode, rewriter, arguments := options(conn, arguments)
+	switch rewriter.(type) {
+	case nil:
+	case pgx.NamedArgs, pgx.StrictNamedArgs: // which answer the same every time
+		_, rewritten, err := rewriter.RewriteQuery(ctx, conn, sql, arguments)
+		if err != nil {
+			return false
+		}
+		arguments = rewritten
+	default:
+		return false
+	}
+	return mode != pgx.QueryExecModeSimpleProtocol && len(arguments) > 0
+}
+
+// queriesOne is execsOne for pgx's Query, which takes the simple protocol only when it is told to.
+func queriesOne(conn *pgx.Conn, args []any) bool {
+	mode, _, _ := options(conn, args)
+	return mode != pgx.QueryExecModeSimpleProtocol
+}
+
+// options takes off what stands before the arguments of a statement, as pgx does: the last of a kind counts.
+func options(conn *pgx.Conn, args []any) (mode pgx.QueryExecMode, rewriter pgx.QueryRewriter, arguments []any) {
+	mode = conn.Config().DefaultQueryExecMode
+	for i, arg := range args {
+		switch arg := arg.(type) {
+		case pgx.QueryResultFormats, pgx.QueryResultFormatsByOID:
+		case pgx.QueryExecMode:
+			mode = arg
+		case pgx.QueryRewriter:
+			rewriter = arg
+		default:
+			return mode, rewriter, args[i:]
+		}
+	}
+	return mode, rewriter, nil
 }
 
 // neverSent says whether nothing of a statement has left. pgx's own word is not enough: in the simple protocol, which it takes for
@@ -101,27 +147,27 @@ func (db *TenantAwareDB) Query(ctx context.Context, sql string, args ...any) (pg
 		if err != nil {
 			return errRows{err}, err
 		}
-		r, err := c.query(ctx, sql, args)
+		r, harmless, err := c.query(ctx, sql, args)
 		if err == nil {
 			return &leasedRows{Rows: r, c: c, ctx: ctx, db: db, sql: sql, args: args, begun: again}, nil
 		}
-		if again || !mayRepeat(ctx, err) {
+		if again || !harmless {
 			return errRows{err}, err
 		}
 	}
 }
 
-// query keeps the connection for the rows.
-func (c *checkout) query(ctx context.Context, sql string, args []any) (pgx.Rows, error) {
+// query keeps the connection for the rows. After an error it says whether the statement may be sent once more.
+func (c *checkout) query(ctx context.Context, sql string, args []any) (r pgx.Rows, harmless bool, err error) {
 	kept := false
 	defer func() { // an argument's Value method may panic
 		if !kept {
 			c.release()
 		}
 	}()
-	r, err := c.conn.Query(ctx, sql, args...)
+	r, err = c.conn.Query(ctx, sql, args...)
 	kept = err == nil
-	return r, err
+	return r, err != nil && mayRepeat(ctx, err, queriesOne(c.conn.Conn(), args)), err
 }
 
 // QueryRow runs sql for its first row. The connection is held until Scan, which also gives the
@@ -167,7 +213,7 @@ func (db *TenantAwareDB) CopyFrom(ctx context.Context, tableName pgx.Identifier,
 			return 0, err
 		}
 		n, err := c.copyFrom(ctx, tableName, columnNames, src)
-		if again || src.asked.Load() || !mayRepeat(ctx, err) {
+		if again || src.asked.Load() || !mayRepeat(ctx, err, true) {
 			return n, err
 		}
 	}
@@ -212,9 +258,10 @@ func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (
 			return &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}, nil
 		}
 		// What began on a connection that is gone is gone with it, unless BeginQuery did more.
-		lost := c.conn.Conn().IsClosed() && txOptions.BeginQuery == "" && ctx.Err() == nil
+		plain := txOptions.BeginQuery == ""
+		lost := c.conn.Conn().IsClosed() && plain && ctx.Err() == nil
 		c.release()
-		if again || !lost && !mayRepeat(ctx, err) {
+		if again || !lost && !mayRepeat(ctx, err, plain) {
 			return nil, err
 		}
 	}
@@ -306,9 +353,9 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 // acquireAnew reads the tenant's configuration once more and tries again if it is a newer one. p is the pool whose login was refused.
 func (tn *Tenancy) acquireAnew(ctx context.Context, r *record, p *tenantPool, refused error) (checkout, error) {
 	if p == nil { // it could not even be built
-		tn.view.doubt(r.tenant.ID)
+		tn.view.doubt(ctx, r.tenant.ID)
 	} else {
-		p.doubtLogin(tn.view)
+		p.doubtLogin(ctx, tn.view)
 	}
 	now, err := tn.view.record(ctx, r.tenant.ID)
 	if err == nil {
@@ -451,7 +498,7 @@ func (r *leasedRows) Next() bool {
 		r.begun = true
 		return true
 	}
-	if err := r.Rows.Err(); !r.begun && mayRepeat(r.ctx, err) && (neverSent(err) || !r.simple()) {
+	if err := r.Rows.Err(); err != nil && !r.begun && mayRepeat(r.ctx, err, r.one()) {
 		r.repeat()
 		return r.Next()
 	}
@@ -459,15 +506,8 @@ func (r *leasedRows) Next() bool {
 	return false
 }
 
-// simple says whether the statement was sent by the simple protocol, and may have been several.
-func (r *leasedRows) simple() bool {
-	for _, a := range r.args {
-		if mode, ok := a.(pgx.QueryExecMode); ok {
-			return mode == pgx.QueryExecModeSimpleProtocol
-		}
-	}
-	return r.c.conn == nil || r.c.conn.Conn().Config().DefaultQueryExecMode == pgx.QueryExecModeSimpleProtocol
-}
+// one says whether the rows are those of one statement for certain.
+func (r *leasedRows) one() bool { return r.c.conn != nil && queriesOne(r.c.conn.Conn(), r.args) }
 
 // repeat sends the statement again, over another connection. Many an error shows at the first row only.
 func (r *leasedRows) repeat() {
@@ -475,7 +515,7 @@ func (r *leasedRows) repeat() {
 	r.Close()
 	var err error
 	if r.c, err = r.db.checkout(r.ctx, "query"); err == nil {
-		r.Rows, err = r.c.query(r.ctx, r.sql, r.args)
+		r.Rows, _, err = r.c.query(r.ctx, r.sql, r.args)
 	}
 	if err != nil {
 		r.Rows = errRows{err}

@@ -33,6 +33,7 @@ type strait struct {
 	fn       func() // nil: none
 	losing   []byte // the answer to what holds it is lost, and the connection with it; nil: none
 	lost     chan struct{}
+	freezing []byte // what holds it freezes the strait; nil: nothing
 }
 
 // passage is one connection through a strait.
@@ -88,7 +89,7 @@ func (s *strait) set(change func()) {
 // calm ends everything else. Connections that were cut stay so; what was held goes on.
 func (s *strait) calm() {
 	s.set(func() {
-		s.refusing, s.abrupt, s.held, s.delay, s.losing, s.fn = false, false, [2]bool{}, 0, nil, nil
+		s.refusing, s.abrupt, s.held, s.delay, s.losing, s.fn, s.freezing = false, false, [2]bool{}, 0, nil, nil, nil
 	})
 }
 
@@ -129,6 +130,9 @@ func (s *strait) loseAnswer(text string) (lost <-chan struct{}) {
 	s.set(func() { s.losing, s.lost = []byte(text), make(chan struct{}) })
 	return s.lost
 }
+
+// freezeAt freezes when a piece to the server holds text. The server gets that one.
+func (s *strait) freezeAt(text string) { s.set(func() { s.freezing = []byte(text) }) }
 
 // before has fn called before the nth piece from now on goes on, in whichever direction. An attempt to connect is a piece too.
 func (s *strait) before(n int, fn func()) {
@@ -288,6 +292,9 @@ func (s *strait) loses(p *passage, direction int, piece []byte) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if direction == toServer {
+		if s.freezing != nil && bytes.Contains(piece, s.freezing) {
+			s.held, s.freezing = [2]bool{toServer: true, toClient: true}, nil
+		}
 		if s.losing != nil && bytes.Contains(piece, s.losing) {
 			p.losing, s.losing = true, nil
 		}

@@ -1238,6 +1238,32 @@ func TestAPasswordChangedBehindOurBackIsOneQuestion(t *testing.T) {
 	}
 }
 
+// TestARefusedLoginLeavesOpenConnectionsInUse while the primary cannot be asked whether it is another one now.
+func TestARefusedLoginLeavesOpenConnectionsInUse(t *testing.T) {
+	t.Parallel()
+	setup := newFaulty(t, tenancy.Config{})
+	w, x := setup.watched(tenancy.Config{})
+	x.neighbourAtWork()
+	x.warm(1)
+	must(x, x.admin, `ALTER ROLE `+x.place.Login+` PASSWORD 'another'`)
+	w.cut()
+	held, err := x.tn.DB().Begin(x.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = x.tn.DB().Exec(x.ctx, `SELECT 1`) // wants a connection of its own
+	wantError(t, err, tenancy.ErrTenantUnavailable)
+	if sqlState(err) != "28P01" || errors.Is(err, tenancy.ErrPrimaryUnavailable) {
+		t.Errorf("%v; want the refusal", err)
+	}
+	if err := held.Rollback(x.ctx); err != nil {
+		t.Error(err)
+	}
+	if _, err := x.tn.DB().Exec(x.ctx, `SELECT 1`); err != nil {
+		t.Errorf("over the open connection: %v", err)
+	}
+}
+
 // TestANewPasswordIsReadWhenTheOldOneIsRefused: the catalog has a newer generation of which this node has not heard. No call fails.
 func TestANewPasswordIsReadWhenTheOldOneIsRefused(t *testing.T) {
 	t.Parallel()

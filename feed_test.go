@@ -479,3 +479,30 @@ func (p *proxy) mend() {
 	defer p.mu.Unlock()
 	p.down = false
 }
+
+// TestTheValidityJobPassesABusyTenant has a verb at work on one tenant whose fence was cut off; that of another, and a third's rotation, are finished.
+func TestTheValidityJobPassesABusyTenant(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, globex := twoTenants(t, tenancy.Config{})
+	initech := tenancytest.Create(t, tn, "initech")
+	admin, primary := f.Admin(t, "tenants"), f.Admin(t, "primary")
+	must(t, primary, `UPDATE tenancy.tenants SET state = 'suspended', fenced = NULL WHERE id = ANY($1)`, []tenancy.ID{acme.ID, globex.ID})
+	if err := tenancy.RotateUpTo(t.Context(), tn, initech.ID, 3); err != nil {
+		t.Fatal(err)
+	}
+	must(t, primary, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, acme.ID)
+	age(t, f)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := tn.Refresh(ctx); err != nil {
+		t.Error(err)
+	}
+	wantClosed(t, admin, placeOf(t, f, globex.ID).Login)
+	wantOneLogin(t, f, tn, initech.ID, true)
+	wantOpen(t, admin, placeOf(t, f, acme.ID).Login)
+	must(t, primary, `SELECT pg_advisory_unlock_all()`)
+	if err := tn.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantClosed(t, admin, placeOf(t, f, acme.ID).Login)
+}

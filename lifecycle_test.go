@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy"
 	"github.com/msmt-go/tenancy/tenancytest"
 )
@@ -59,6 +60,45 @@ func TestAVerbEndsWithItsLock(t *testing.T) {
 	if got, err := c.Tenant(t.Context(), acme.ID); err != nil || got.State != tenancy.StateDeleted {
 		t.Errorf("the tenant is %s, %v", got.State, err)
 	}
+}
+
+// TestAVerbIsPatientWithALock: what it waits for longer than one statement may is asked for again.
+func TestAVerbIsPatientWithALock(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
+	c, tenants := tn.Catalog(), f.Admin(t, "tenants")
+	if err := c.Suspend(t.Context(), acme.ID, tenancy.Suspension{}); err != nil {
+		t.Fatal(err)
+	}
+	login := placeOf(t, f, acme.ID).Login
+	blocker, err := f.Admin(t, "tenants").Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := blocker.Exec(t.Context(), `ALTER ROLE `+login+` CONNECTION LIMIT 50`); err != nil {
+		t.Fatal(err)
+	}
+	resumed := make(chan error, 1)
+	go func() { resumed <- c.Resume(t.Context(), acme.ID) }()
+	tries := map[time.Time]bool{}
+	until(t, 10*time.Second, "2", func() string {
+		rows, _ := tenants.Query(t.Context(), `SELECT query_start FROM pg_stat_activity WHERE application_name = 'tenancy provisioner' AND wait_event_type = 'Lock' AND datname = current_database()`)
+		began, err := pgx.CollectRows(rows, pgx.RowTo[time.Time])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, at := range began {
+			tries[at] = true
+		}
+		return fmt.Sprint(len(tries))
+	})
+	if err := blocker.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-resumed; err != nil {
+		t.Error(err)
+	}
+	wantOpen(t, tenants, login)
 }
 
 // TestAFenceGoesOnPastADeadPlace: the place that a tenant has left belongs to a server nobody can reach any more.

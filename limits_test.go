@@ -3,7 +3,9 @@ package tenancy_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -199,13 +201,79 @@ func TestNothingIsDoneTwice(t *testing.T) {
 		t.Error("the destination's error was lost")
 	}
 	wantRows("a destination that fails", 1)
-	if _, err := tn.DB().Exec(ctx, `CREATE TEMP TABLE tt (a int); PREPARE p AS SELECT * FROM tt; EXECUTE p; ALTER TABLE tt ADD b int`); err != nil {
-		t.Fatal(err)
+	outdated := func() { // p, on the one connection that there is
+		t.Helper()
+		if _, err := tn.DB().Exec(ctx, `DEALLOCATE ALL; DROP TABLE IF EXISTS tt; CREATE TEMP TABLE tt (a int); PREPARE p AS SELECT * FROM tt; EXECUTE p; ALTER TABLE tt ADD b int`); err != nil {
+			t.Fatal(err)
+		}
 	}
+	outdated()
 	if _, err := tn.DB().Exec(ctx, `BEGIN; INSERT INTO notes (tenant, title) VALUES ('acme', 'x'); COMMIT; EXECUTE p`); err == nil {
 		t.Error("the plan was not outdated")
 	}
 	wantRows("several statements", 2)
+
+	// What pgx takes off before the arguments is none of them.
+	const several = `BEGIN; INSERT INTO notes (tenant, title) VALUES ('acme', 'x'); COMMIT; EXECUTE p`
+	exec := func(sql string, args ...any) func() error {
+		return func() error { _, err := tn.DB().Exec(ctx, sql, args...); return err }
+	}
+	query := func(sql string, args ...any) func() error {
+		return func() error {
+			rows, _ := tn.DB().Query(ctx, sql, args...)
+			rows.Close()
+			return rows.Err()
+		}
+	}
+	onlyRow := func(sql string, args ...any) func() error {
+		return func() error { return tn.DB().QueryRow(ctx, sql, args...).Scan(new(string)) }
+	}
+	withArgument := strings.Replace(several, `'acme'`, `$1`, 1)
+	want := 2
+	for name, call := range map[string]func() error{
+		"a_mode":                        exec(several, pgx.QueryExecModeExec),
+		"two_modes":                     exec(withArgument, pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol, "acme"),
+		"a_mode_and_an_argument":        exec(withArgument, pgx.QueryExecModeSimpleProtocol, "acme"),
+		"no_named_arguments":            exec(several, pgx.NamedArgs{}),
+		"named_arguments_of_no_use":     exec(several, pgx.NamedArgs{"tenant": "acme"}),
+		"no_strictly_named_arguments":   exec(several, pgx.StrictNamedArgs{}),
+		"another_rewriter":              exec(several, rewriter{}),
+		"a_query_with_two_modes":        query(withArgument, pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol, "acme"),
+		"a_query_with_formats_first":    query(withArgument, pgx.QueryResultFormats{0}, pgx.QueryExecModeSimpleProtocol, "acme"),
+		"a_row_of_a_query_of_two_modes": onlyRow(withArgument, pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol, "acme"),
+		"the_beginning_of_a_transaction": func() error {
+			tx, err := tn.DB().BeginTx(ctx, pgx.TxOptions{BeginQuery: several})
+			if err == nil {
+				err = tx.Rollback(ctx)
+			}
+			return err
+		},
+	} {
+		outdated()
+		if err := call(); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+		want++
+		wantRows(name, want)
+	}
+	// And one statement with arguments is sent once more, whatever stands before them.
+	for i, args := range [][]any{{pgx.NamedArgs{"tenant": "acme"}}, {pgx.QueryExecModeCacheStatement, pgx.StrictNamedArgs{"tenant": "acme"}}} {
+		const list = `SELECT * FROM notes WHERE tenant = @tenant`
+		if err := errors.Join(exec(list, args...)(), query(list, args...)()); err != nil {
+			t.Fatal(err)
+		}
+		must(t, admin, fmt.Sprintf(`ALTER TABLE %s ADD COLUMN more_%d int`, tableOf(sourceOf(t, tn, id)), i))
+		if err := errors.Join(exec(list, args...)(), query(list, args...)()); err != nil {
+			t.Errorf("%v: %v", args, err)
+		}
+	}
+}
+
+// rewriter leaves everything as it is.
+type rewriter struct{}
+
+func (rewriter) RewriteQuery(_ context.Context, _ *pgx.Conn, sql string, args []any) (string, []any, error) {
+	return sql, args, nil
 }
 
 // TestASessionThatEndedBeforeTheCommitIsNoDoubt: the server ended it while nobody asked for anything.

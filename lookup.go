@@ -171,6 +171,32 @@ func (l *lookup[K, V]) forget(key K) {
 	}
 }
 
+// reload loads key again, by a load that begins after the call. What is known of key stays in use until then: what is found, or found
+// missing, takes its place, and a load that fails leaves it as it is. done is closed when the load has ended.
+func (l *lookup[K, V]) reload(key K, load loader[K, V]) (done <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return nowhere[K, V](key).done
+	}
+	f := l.flights[key]
+	if f == nil || f.place == nil { // one in the line has not begun
+		f = l.launchLocked(key, load)
+	}
+	f.waiters++ // who never leaves: it is not dropped
+	return f.done
+}
+
+// reloading returns when the load of key that is under way has ended, if there is one.
+func (l *lookup[K, V]) reloading(key K) (done <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if f := l.flights[key]; f != nil {
+		return f.done
+	}
+	return nowhere[K, V](key).done
+}
+
 // forgetAll does what forget does, for every key.
 func (l *lookup[K, V]) forgetAll() {
 	l.mu.Lock()
@@ -257,18 +283,11 @@ func (l *lookup[K, V]) join(ctx context.Context, key K, load loader[K, V]) (*fli
 		return landed(key, value, true), nil
 	}
 	if l.knownMissing(key) {
-		var none V
-		return landed(key, none, false), nil
+		return nowhere[K, V](key), nil
 	}
 	f := l.flights[key]
 	if f == nil || f.place == nil && f.epoch != l.epoch {
-		f = &flight[K, V]{key: key, load: load, end: time.Now().Add(l.cfg.loadTimeout), done: make(chan struct{})}
-		l.flights[key] = f
-		if l.running < l.cfg.parallel {
-			l.beginLocked(f)
-		} else {
-			f.place = l.line.PushBack(f)
-		}
+		f = l.launchLocked(key, load)
 	} else if late := time.Now().Add(l.cfg.loadTimeout / 4); f.place != nil && f.end.Before(late) {
 		f.end = f.end.Add(l.cfg.loadTimeout) // it has not begun, and who comes last would have no time at all
 	}
@@ -276,11 +295,29 @@ func (l *lookup[K, V]) join(ctx context.Context, key K, load loader[K, V]) (*fli
 	return f, nil
 }
 
+// launchLocked begins a load of key, or puts it in the line. Nobody joins one that was under way.
+func (l *lookup[K, V]) launchLocked(key K, load loader[K, V]) *flight[K, V] {
+	f := &flight[K, V]{key: key, load: load, end: time.Now().Add(l.cfg.loadTimeout), done: make(chan struct{})}
+	l.flights[key] = f
+	if l.running < l.cfg.parallel {
+		l.beginLocked(f)
+	} else {
+		f.place = l.line.PushBack(f)
+	}
+	return f
+}
+
 // landed is a flight that is over.
 func landed[K comparable, V any](key K, value V, found bool) *flight[K, V] {
 	f := &flight[K, V]{key: key, value: value, found: found, done: make(chan struct{})}
 	close(f.done)
 	return f
+}
+
+// nowhere is a flight that is over and has found nothing.
+func nowhere[K comparable, V any](key K) *flight[K, V] {
+	var none V
+	return landed(key, none, false)
 }
 
 // leave is called by a waiter who waits no more. A load that has not begun and that nobody waits for is
@@ -354,8 +391,11 @@ func (l *lookup[K, V]) rememberLocked(f *flight[K, V]) {
 		if negatives != nil {
 			negatives.Remove(f.key)
 		}
-	case negatives != nil:
-		negatives.Add(f.key, time.Now().Add(l.cfg.negativeTTL))
+	default:
+		l.positives.Load().Remove(f.key) // a reload's
+		if negatives != nil {
+			negatives.Add(f.key, time.Now().Add(l.cfg.negativeTTL))
+		}
 	}
 }
 

@@ -624,3 +624,52 @@ func BenchmarkLookupHit(b *testing.B) {
 		})
 	})
 }
+
+func TestLookupReloadKeepsWhatIsKnownUntilItKnowsBetter(t *testing.T) {
+	s := &source{rows: map[string]string{"a": "old"}}
+	var down atomic.Bool
+	load := func(ctx context.Context, key string) (string, bool, error) {
+		value, found, err := s.slowly(ctx, key)
+		if down.Load() {
+			return "", false, errors.New("down")
+		}
+		return value, found, err
+	}
+	smallLookup(t, small, load, func(t *testing.T, l *lookup[string, string]) {
+		wantLookup(t, l, "a", "old", true)
+		s.set("a", "new")
+		done := l.reload("a", load)
+		wantLookup(t, l, "a", "old", true)
+		if l.reloading("a") != done {
+			t.Error("who comes meanwhile does not wait for the same load")
+		}
+		<-done
+		wantLookup(t, l, "a", "new", true)
+		<-l.reloading("a")
+		s.wantLoads(t, 2)
+
+		down.Store(true)
+		<-l.reload("a", load)
+		wantLookup(t, l, "a", "new", true)
+		down.Store(false)
+		s.wantLoads(t, 3)
+
+		// A load that began before is not the one that is wanted.
+		l.forget("a")
+		go l.get(t.Context(), "a")
+		synctest.Wait()
+		s.set("a", "newer")
+		<-l.reload("a", load)
+		wantLookup(t, l, "a", "newer", true)
+
+		s.mu.Lock()
+		delete(s.rows, "a")
+		s.mu.Unlock()
+		<-l.reload("a", load)
+		wantLookup(t, l, "a", "", false)
+		s.wantLoads(t, 6)
+	})
+	l := mustLookup(t, small, load)
+	l.close(t.Context())
+	<-l.reload("a", load)
+}

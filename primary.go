@@ -319,6 +319,23 @@ func audit(ctx context.Context, tx pgx.Tx, action string, tenant ID, detail map[
 //
 // The returned context ends when the lock is lost: what goes on then could meet another node's work on the same tenant.
 func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
+	return p.lock(ctx, id, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))::text IS NOT NULL`, id)
+}
+
+// tryLockTenant is lockTenant for who has other things to do: it is errLocked at once when a verb has the lock.
+func (p *primaryDB) tryLockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
+	return p.lock(ctx, id, `SELECT pg_try_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, id)
+}
+
+// tryLockUID is tryLockTenant for a UID that is to be a tenant's.
+func (p *primaryDB) tryLockUID(ctx context.Context, uid UID) (held context.Context, release func(), err error) {
+	return p.lock(ctx, 0, `SELECT pg_try_advisory_lock(hashtextextended('tenancy uid ' || $1::uuid, 0))`, uid)
+}
+
+var errLocked = hinted(ErrInProgress, "another verb is at work on the tenant")
+
+// lock runs take on a connection of its own, which answers whether the lock was free.
+func (p *primaryDB) lock(ctx context.Context, id ID, take string, key any) (held context.Context, release func(), err error) {
 	if ctx, err = begin(ctx); err != nil {
 		return nil, nil, err
 	}
@@ -331,31 +348,52 @@ func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context
 		done()
 		return nil, nil, unavailable("lock", err)
 	}
-	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, id); err != nil {
+	taken := false
+	if err := conn.QueryRow(ctx, take, key).Scan(&taken); err != nil || !taken {
 		closeConn(conn)
 		done()
-		if ctx.Err() != nil {
+		switch {
+		case err == nil:
+			return nil, nil, errLocked
+		case ctx.Err() != nil:
 			return nil, nil, fmt.Errorf("%w: its lock was not free in time: %w", ErrInProgress, ctx.Err())
 		}
 		return nil, nil, unavailable("lock", err)
 	}
-	held, lost := context.WithCancelCause(ctx)
+	lock, lost := context.WithCancelCause(context.WithoutCancel(ctx))
+	held, end := context.WithCancelCause(context.WithValue(ctx, lockKey{}, lock))
 	watch, stop := context.WithCancel(context.WithoutCancel(ctx))
 	watched := make(chan struct{})
 	go func() { // nothing is ever notified here: the wait ends with the connection, or with the work
 		defer close(watched)
 		_, err := conn.WaitForNotification(watch)
 		if watch.Err() == nil {
-			lost(&Error{Op: "lock", Tenant: id, Err: fmt.Errorf("%w: the lock was lost: %w", ErrPrimaryUnavailable, err)})
+			err := &Error{Op: "lock", Tenant: id, Err: fmt.Errorf("%w: the lock was lost: %w", ErrPrimaryUnavailable, err)}
+			lost(err)
+			end(err)
 		}
 	}()
 	return held, func() {
 		stop()
 		<-watched
 		lost(nil)
+		end(nil)
 		closeConn(conn)
 		done()
 	}, nil
+}
+
+// lockKey is where what lockTenant returns carries a context that ends with the lock alone.
+type lockKey struct{}
+
+// afterwards is for the clean-up of a verb that ctx was held for: it outlives the verb's caller, but not the tenant's lock, after
+// which the tenant can be in another verb's hands, and not timeout.
+func afterwards(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
+	lock, held := ctx.Value(lockKey{}).(context.Context)
+	if !held {
+		lock = context.WithoutCancel(ctx)
+	}
+	return context.WithTimeout(lock, timeout)
 }
 
 // verb waits for a place among the verbs that hold connections. One that has its place waits for no other's.

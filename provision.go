@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -96,6 +97,14 @@ func (p *place) provisionerConn(ctx context.Context) (*pgx.Conn, error) {
 	return connectProvisioner(ctx, p.servers, p.provisioner)
 }
 
+const (
+	// lockTimeout bounds each wait for a lock: whose login it is can keep a role's row for as long as a transaction lives. It is longer than the
+	// server's deadlock_timeout by default, after which an autovacuum that is in the way of a statement gives in.
+	lockTimeout = 2 * time.Second
+	// lockPatience bounds the waits of one statement. What is in the way is somebody's work: the verb gives up, and is called again.
+	lockPatience = 30 * time.Second
+)
+
 var errNoProvisioner = hinted(ErrNoProvisioner, "register it with Catalog.AddServer or tenancy.Init")
 
 func connectProvisioner(ctx context.Context, servers *servers, d DataSource) (*pgx.Conn, error) {
@@ -105,6 +114,7 @@ func connectProvisioner(ctx context.Context, servers *servers, d DataSource) (*p
 	}
 	cc.RuntimeParams["search_path"] = "pg_catalog"
 	cc.RuntimeParams["application_name"] = "tenancy provisioner"
+	cc.RuntimeParams["lock_timeout"] = strconv.FormatInt(lockTimeout.Milliseconds(), 10)
 	servers.single(cc)
 	conn, err := pgx.ConnectConfig(ctx, cc)
 	if err != nil {
@@ -435,10 +445,10 @@ func closeLogins(ctx context.Context, conn *pgx.Conn, logins, others []string, w
 	if err != nil || len(made) == 0 { // what was never made has nothing to close
 		return err
 	}
-	for _, login := range made {
-		if err := execDDL(ctx, conn, "ALTER ROLE "+ident.Quote(login)+" NOLOGIN"); err != nil {
-			return err
-		}
+	// A login may change its own password, so a transaction of the tenant's can keep the role's row. It has the drain's time like any other.
+	kept, err := closeSome(ctx, conn, made)
+	if err != nil {
+		return err
 	}
 	roles := append(made, others...)
 	for end, quiet := time.Now().Add(drain), 0; time.Now().Before(end); {
@@ -457,7 +467,46 @@ func closeLogins(ctx context.Context, conn *pgx.Conn, logins, others []string, w
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+	if err := closeKept(ctx, conn, kept, roles); err != nil {
+		return err
+	}
 	return endSessions(ctx, conn, roles)
+}
+
+// closeSome closes the logins, and returns those whose row somebody keeps.
+func closeSome(ctx context.Context, conn *pgx.Conn, logins []string) (kept []string, err error) {
+	for _, login := range logins {
+		err := execShared(ctx, conn, "ALTER ROLE "+ident.Quote(login)+" NOLOGIN")
+		if isState(err, lockNotAvailable) || overtaken(err) {
+			kept = append(kept, login)
+		} else if err != nil {
+			return nil, err
+		}
+	}
+	return kept, nil
+}
+
+// closeTries is how often sessions are ended to close a login whose row they keep.
+const closeTries = 5
+
+// closeKept ends the sessions of the roles to get at the rows of the logins that they keep. Each try ends them all and is in line for the row at
+// once, before one that logs in meanwhile; sessions that are not of the roles can outlast all tries.
+func closeKept(ctx context.Context, conn *pgx.Conn, kept, roles []string) (err error) {
+	for range closeTries {
+		if len(kept) == 0 {
+			return nil
+		}
+		if _, err := terminate(ctx, conn, roles); err != nil {
+			return fmt.Errorf("end sessions: %w", err)
+		}
+		if kept, err = closeSome(ctx, conn, kept); err != nil {
+			return err
+		}
+	}
+	if len(kept) > 0 {
+		return fmt.Errorf("close login %s: a session that is not the tenant's keeps its row in pg_authid locked; see pg_locks", kept[0])
+	}
+	return nil
 }
 
 const (
@@ -472,8 +521,7 @@ func endSessions(ctx context.Context, conn *pgx.Conn, roles []string) error {
 	ctx, cancel := context.WithTimeout(ctx, endTimeout)
 	defer cancel()
 	for quiet := 0; ; {
-		var left int
-		err := conn.QueryRow(ctx, `SELECT count(*) FROM (SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = ANY($1)) s`, roles).Scan(&left)
+		left, err := terminate(ctx, conn, roles)
 		if err != nil {
 			return fmt.Errorf("end sessions: %w", err)
 		}
@@ -490,12 +538,34 @@ func endSessions(ctx context.Context, conn *pgx.Conn, roles []string) error {
 	}
 }
 
-// execDDL runs a statement on shared catalog rows, which PostgreSQL refuses when another node
-// wrote the same row at the same moment; what was refused had no effect and is sent again.
+// terminate tells the sessions of the roles to end, and returns how many there are.
+func terminate(ctx context.Context, conn *pgx.Conn, roles []string) (sessions int, err error) {
+	err = conn.QueryRow(ctx, `SELECT count(*) FROM (SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = ANY($1)) s`, roles).Scan(&sessions)
+	return sessions, err
+}
+
+// lockNotAvailable is what a statement that has waited for lockTimeout says. It had no effect.
+const lockNotAvailable = "55P03"
+
+// overtaken is what a statement says that another session's on the same row came before. It had no effect.
+func overtaken(err error) bool { return isState(err, "XX000", "40001", "40P01") }
+
+// execDDL runs a statement that others' locks may be in the way of, for lockPatience.
 func execDDL(ctx context.Context, conn *pgx.Conn, sql string) error {
+	for end := time.Now().Add(lockPatience); ; {
+		err := execShared(ctx, conn, sql)
+		if !isState(err, lockNotAvailable) || ctx.Err() != nil || time.Now().After(end) {
+			return err
+		}
+	}
+}
+
+// execShared runs a statement on shared catalog rows, which PostgreSQL refuses when another node
+// wrote the same row at the same moment; what was refused had no effect and is sent again.
+func execShared(ctx context.Context, conn *pgx.Conn, sql string) error {
 	for try := 1; ; try++ {
 		_, err := conn.Exec(ctx, sql)
-		if err == nil || try == 10 || !isState(err, "XX000", "40001", "40P01") {
+		if err == nil || try == 10 || !overtaken(err) {
 			return err
 		}
 		select {

@@ -264,11 +264,12 @@ func TestRotationsKilledAnywhereAreFinished(t *testing.T) {
 	f, tn, acme, globex := twoTenants(t, tenancy.Config{Limits: tenancy.Limits{Nodes: 2}})
 	admin, rng := f.Admin(t, "tenants"), rand.New(rand.NewPCG(5, 6))
 	l := startLoad(t, 1, []tenancy.Tenant{acme, globex}, tn)
+	before := mustTenant(t, tn, "acme").Generation
 	unfinished := map[string]int{}
-	for range killings() {
+	for i := 0; i < killings() || unfinished["none"] == i && i < 10*killings(); i++ { // until one has died in the middle
 		verb := startVerb(t, f, acme.ID)
 		time.Sleep(300*time.Millisecond + time.Duration(rng.Int64N(int64(600*time.Millisecond)))) // a moment that nothing waits for is the point
-		kill(verb)
+		killAtWork(t, verb)
 		bury(t, f, verb)
 		unfinished[ask[string](t, f, "primary", `SELECT CASE WHEN next_login <> '' THEN 'next' WHEN old_login <> '' THEN 'old' ELSE 'none' END
 			FROM tenancy.data_sources d JOIN tenancy.tenants t ON t.data_source = d.id WHERE t.id = $1`, acme.ID)]++
@@ -278,7 +279,11 @@ func TestRotationsKilledAnywhereAreFinished(t *testing.T) {
 		}
 		wantOneLogin(t, f, tn, acme.ID, true)
 	}
-	t.Logf("left unfinished: %v", unfinished)
+	rotations := mustTenant(t, tn, "acme").Generation - before
+	t.Logf("%d rotations; left unfinished: %v", rotations, unfinished)
+	if rotations == 0 || unfinished["next"]+unfinished["old"] == 0 {
+		t.Error("nothing was killed in the middle: the test shows nothing")
+	}
 	l.wantNoFailure(admin, map[string][]string{"acme": {tableOf(sourceOf(t, tn, acme.ID))}, "globex": {tableOf(sourceOf(t, tn, globex.ID))}})
 	wantOneLogin(t, f, tn, globex.ID, true)
 }
@@ -347,14 +352,35 @@ func TestATenantOutOfServiceIsRotatedAndStaysSo(t *testing.T) {
 			t.Fatal(err)
 		}
 		before, state := sourceOf(t, tn, acme.ID), mustTenant(t, tn, "acme").State
+		fenced := func(after string, want bool) {
+			t.Helper()
+			if got := ask[bool](t, f, "primary", `SELECT fenced IS NOT NULL FROM tenancy.tenants WHERE id = $1`, acme.ID); got != want {
+				t.Errorf("%s, after %s: fenced is %v, want %v", state, after, got, want)
+			}
+		}
 		if err := c.RotatePassword(ctx, acme.ID); err != nil {
 			t.Fatal(err)
 		}
+		fenced("a rotation", true)
 		wantOneLogin(t, f, tn, acme.ID, false)
+		from := sourceOf(t, tn, acme.ID)
+		for _, to := range []tenancy.DataSource{prepare(t, tn, acme.ID, ""), from} {
+			if err := c.SetDataSource(ctx, acme.ID, to); err != nil {
+				t.Fatal(err)
+			}
+			fenced("a move", true)
+			wantClosed(t, f.Admin(t, "tenants"), to.User)
+		}
+		// What was not closed before is not closed by that: a place out of reach may have been left open.
+		change(t, f, "primary", `UPDATE tenancy.tenants SET fenced = NULL WHERE id = $1`, acme.ID)
+		if err := c.SetDataSource(ctx, acme.ID, from); err != nil {
+			t.Fatal(err)
+		}
+		fenced("a move of a tenant that was not fenced", false)
 		if after := sourceOf(t, tn, acme.ID); after.User == before.User {
 			t.Errorf("%s: the login is still %s", state, after.User)
 		}
-		if got := scan[string](t, f.Admin(t, "primary"), `SELECT action FROM tenancy.audit ORDER BY id DESC LIMIT 1`); got != "rotate password" {
+		if got := scan[string](t, f.Admin(t, "primary"), `SELECT action FROM tenancy.audit WHERE action NOT IN ('prepare', 'set data source') ORDER BY id DESC LIMIT 1`); got != "rotate password" {
 			t.Errorf("%s: the audit trail ends with %q", state, got)
 		}
 		if got := mustTenant(t, tn, "acme").State; got != state {
@@ -384,6 +410,79 @@ func TestASuspendedTenantIsClosedAgainAfterACrash(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantOneLogin(t, f, tn, acme.ID, false)
+}
+
+// TestAVerbThatLostItsLockClosesNothing takes the lock's session away from a rotation of a suspended tenant whose next login is open. Another node may
+// have resumed the tenant by the time that the rotation ends.
+func TestAVerbThatLostItsLockClosesNothing(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
+	c, admin, primary := tn.Catalog(), f.Admin(t, "tenants"), f.Admin(t, "primary")
+	if err := c.Suspend(t.Context(), acme.ID, tenancy.Suspension{}); err != nil {
+		t.Fatal(err)
+	}
+	blocker, err := f.Admin(t, "primary").Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := blocker.Exec(t.Context(), `SELECT FROM tenancy.epoch FOR UPDATE`); err != nil {
+		t.Fatal(err)
+	}
+	rotated := make(chan error, 1)
+	go func() { rotated <- c.RotatePassword(t.Context(), acme.ID) }()
+	until(t, 10*time.Second, "1", func() string { return waiting(t, primary, "tenancy") })
+	must(t, primary, `SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`)
+	if err := <-rotated; err == nil {
+		t.Error("a rotation without its lock succeeded")
+	}
+	if err := blocker.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantOpen(t, admin, scan[string](t, primary, `SELECT next_login FROM tenancy.data_sources WHERE next_login <> ''`))
+	if scan[bool](t, primary, `SELECT fenced IS NOT NULL FROM tenancy.tenants WHERE id = $1`, acme.ID) {
+		t.Error("the primary says that the tenant is fenced: the validity job will not look at it")
+	}
+	age(t, f)
+	if err := tn.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantOneLogin(t, f, tn, acme.ID, false)
+}
+
+// TestAServerThatFreezesHoldsNoCleanUpForEver freezes it when a rotation of a suspended tenant, which has failed, closes its logins again.
+func TestAServerThatFreezesHoldsNoCleanUpForEver(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
+	far := tenancytest.NewFleet(t)
+	way := newStrait(t, far.ServerURL)
+	c, admin := tn.Catalog(), far.Admin(t, "tenants")
+	if err := c.AddServer(t.Context(), tenancy.ServerConfig{Name: "far", URL: way.url}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.SetDataSource(t.Context(), acme.ID, prepare(t, tn, acme.ID, "far")); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Suspend(t.Context(), acme.ID, tenancy.Suspension{}); err != nil {
+		t.Fatal(err)
+	}
+	p := placeOf(t, f, acme.ID)
+	must(t, admin, `GRANT CREATE ON SCHEMA `+p.Schema+` TO `+p.Runtime) // the next login has a right too many, and is refused
+	way.freezeAt(" NOLOGIN")
+	rotated := make(chan error, 1)
+	go func() { rotated <- c.RotatePassword(t.Context(), acme.ID) }()
+	select {
+	case err := <-rotated:
+		wantError(t, err, tenancy.ErrSetup)
+	case <-time.After(40 * time.Second):
+		t.Error("it goes on")
+	}
+	way.calm()
+	must(t, admin, `REVOKE CREATE ON SCHEMA `+p.Schema+` FROM `+p.Runtime)
+	age(t, f)
+	if err := tn.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantClosed(t, admin, sourceOf(t, tn, acme.ID).User)
 }
 
 func TestANewLoginIsProvedBeforeItIsTaken(t *testing.T) {

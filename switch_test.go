@@ -433,6 +433,46 @@ func leavers(t *testing.T, tn *tenancy.Tenancy, id tenancy.ID, to tenancy.DataSo
 	}
 }
 
+// TestATransactionThatKeepsTheLoginsRowKeepsNoVerb: a login may change its own password, and the row of its role is its transaction's then.
+func TestATransactionThatKeepsTheLoginsRowKeepsNoVerb(t *testing.T) {
+	t.Parallel()
+	const drain = 400 * time.Millisecond
+	f, tn, acme, globex := twoTenants(t, tenancy.Config{DrainTimeout: drain})
+	c, admin := tn.Catalog(), f.Admin(t, "tenants")
+	verbs := leavers(t, tn, acme.ID, prepare(t, tn, acme.ID, ""))
+	verbs["suspension"] = func() error {
+		if err := c.Suspend(t.Context(), acme.ID, tenancy.Suspension{}); err != nil {
+			return err
+		}
+		wantClosed(t, admin, sourceOf(t, tn, acme.ID).User)
+		return c.Resume(t.Context(), acme.ID)
+	}
+	for name, verb := range verbs {
+		from := sourceOf(t, tn, acme.ID)
+		for range 2 { // one has the row, the other one waits for it
+			session := login(t, tn, acme.ID)
+			must(t, session, `BEGIN`)
+			go session.Exec(t.Context(), `ALTER ROLE CURRENT_USER PASSWORD 'mine'`)
+		}
+		until(t, 5*time.Second, "1", func() string {
+			return fmt.Sprint(scan[int](t, admin, `SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND wait_event_type = 'Lock'`, from.User))
+		})
+		start := time.Now()
+		if err := verb(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if took := time.Since(start); took < drain || took > drain+15*time.Second {
+			t.Errorf("%s: it took %v", name, took)
+		}
+		if name != "suspension" {
+			wantClosed(t, admin, from.User)
+		}
+		if got := current(t, tn, globex.ID); got != placeOf(t, f, globex.ID).Schema {
+			t.Errorf("%s: the other tenant is in %s", name, got)
+		}
+	}
+}
+
 // TestACallThatIsIdleIsInFlight: between two statements its session looks as if nobody used it.
 func TestACallThatIsIdleIsInFlight(t *testing.T) {
 	t.Parallel()
@@ -568,6 +608,35 @@ func TestASwitchThatIsRefusedMovesNothing(t *testing.T) {
 	wantClosed(t, admin, former.User)
 }
 
+// TestAPlaceIsProvedBeforeATenantMoves: the primary says that the place is acme's, and what is there says that it is not.
+func TestAPlaceIsProvedBeforeATenantMoves(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, globex := twoTenants(t, tenancy.Config{})
+	c, admin := tn.Catalog(), f.Admin(t, "tenants")
+	here, there := sourceOf(t, tn, acme.ID), prepare(t, tn, acme.ID, "")
+	marker := pgx.Identifier{there.Schema, "tenancy_marker"}.Sanitize()
+	before := mustTenant(t, tn, "acme").Generation
+	for column, value := range map[string]string{"tenant": globex.UID.String(), "realm": acme.UID.String()} {
+		good := scan[string](t, admin, `SELECT `+column+`::text FROM `+marker)
+		must(t, admin, `UPDATE `+marker+` SET `+column+` = $1`, value)
+		wantError(t, c.SetDataSource(t.Context(), acme.ID, there), tenancy.ErrIdentity, "marker")
+		wantPlace(t, f, acme.ID, here)
+		wantOpen(t, admin, here.User)
+		if after := mustTenant(t, tn, "acme").Generation; after != before {
+			t.Errorf("%s: generation %d after %d", column, after, before)
+		}
+		for id, want := range map[tenancy.ID]string{acme.ID: here.Schema, globex.ID: placeOf(t, f, globex.ID).Schema} {
+			if got := current(t, tn, id); got != want {
+				t.Errorf("%s: work is done in %s, want %s", column, got, want)
+			}
+		}
+		must(t, admin, `UPDATE `+marker+` SET `+column+` = $1`, good)
+	}
+	if err := c.SetDataSource(t.Context(), acme.ID, there); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestAnOldPlaceOutOfReachIsClosedLater(t *testing.T) {
 	t.Parallel()
 	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
@@ -626,6 +695,51 @@ func TestThePlaceInUseIsNeverClosedAsALeftOne(t *testing.T) {
 	}
 }
 
+// TestATenantMovesBackToWhereItWasMade does it as any caller can, who has never seen the password of that place.
+func TestATenantMovesBackToWhereItWasMade(t *testing.T) {
+	t.Parallel()
+	_, tn, acme, globex := twoTenants(t, tenancy.Config{})
+	c, ctx := tn.Catalog(), t.Context()
+	source := func(id tenancy.ID) tenancy.DataSource {
+		t.Helper()
+		d, err := c.DataSource(ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	move := func(d tenancy.DataSource) {
+		t.Helper()
+		if err := c.SetDataSource(ctx, acme.ID, d); err != nil {
+			t.Fatal(err)
+		}
+		if got := current(t, tn, acme.ID); got != d.Schema {
+			t.Errorf("work is done in %s, want %s", got, d.Schema)
+		}
+	}
+	made := source(acme.ID)
+	there := prepare(t, tn, acme.ID, "")
+	move(there)
+	move(made)
+	move(made) // nothing is new
+	if err := c.RotatePassword(ctx, acme.ID); err != nil {
+		t.Fatal(err)
+	}
+	before := mustTenant(t, tn, "acme").Generation
+	for _, password := range []tenancy.Secret{"", "wrong"} {
+		made.Password = password
+		wantError(t, c.SetDataSource(ctx, acme.ID, made), tenancy.ErrInvalid, made.User, source(acme.ID).User)
+	}
+	if after := mustTenant(t, tn, "acme").Generation; after != before {
+		t.Errorf("generation %d after %d", after, before)
+	}
+	there.Password = ""
+	move(there)
+	made.Password = ""
+	move(made) // by the login that it had when it was made
+	wantError(t, c.SetDataSource(ctx, acme.ID, source(globex.ID)), tenancy.ErrIdentity)
+}
+
 func TestAPasswordThatWasChangedByHandIsTold(t *testing.T) {
 	t.Parallel()
 	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
@@ -667,6 +781,15 @@ func startVerb(t *testing.T, f *tenancytest.Fleet, id tenancy.ID, places ...tena
 func kill(cmd *exec.Cmd) {
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
+}
+
+// killAtWork is kill for a process that must not have ended before.
+func killAtWork(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	kill(cmd)
+	if status, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || !status.Signaled() {
+		t.Errorf("the process had ended by itself: %v", cmd.ProcessState)
+	}
 }
 
 // bury takes a node that was killed off the list, so that nobody waits for it.
@@ -816,11 +939,12 @@ func TestSwitchesKilledAnywhereAreFinished(t *testing.T) {
 		t.Fatal(err)
 	}
 	l := startLoad(t, 1, []tenancy.Tenant{acme, globex}, tn)
+	before := mustTenant(t, tn, "acme").Generation
 	unfinished := 0
-	for range killings() {
+	for i := 0; i < killings() || unfinished == 0 && i < 10*killings(); i++ { // until one has died in the middle
 		verb := startVerb(t, f, acme.ID, places...)
 		time.Sleep(300*time.Millisecond + time.Duration(rng.Int64N(int64(600*time.Millisecond)))) // a moment that nothing waits for is the point
-		kill(verb)
+		killAtWork(t, verb)
 		bury(t, f, verb)
 		unfinished += ask[int](t, f, "primary", `SELECT count(*) FROM tenancy.data_sources WHERE leaving IS NOT NULL`)
 		age(t, f)
@@ -836,7 +960,11 @@ func TestSwitchesKilledAnywhereAreFinished(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d of %d died with a place to close", unfinished, killings())
+	moves := mustTenant(t, tn, "acme").Generation - before
+	t.Logf("%d moves; %d processes died with a place to close", moves, unfinished)
+	if moves == 0 || unfinished == 0 {
+		t.Error("nothing was killed in the middle: the test shows nothing")
+	}
 	l.wantNoFailure(admin, map[string][]string{"acme": {tableOf(places[0]), tableOf(places[1])}, "globex": {tableOf(sourceOf(t, tn, globex.ID))}})
 }
 
@@ -858,6 +986,44 @@ func TestDroppingAPlaceEndsItsSessions(t *testing.T) {
 	if n := scan[int](t, f.Admin(t, "tenants"), `SELECT count(*) FROM pg_roles WHERE starts_with(rolname, $1)`, unused.Schema); n != 0 {
 		t.Errorf("%d roles are left", n)
 	}
+}
+
+// TestADropPlaceThatDiedIsFinishedByTheNext, each time with more of the place gone.
+func TestADropPlaceThatDiedIsFinishedByTheNext(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
+	c, admin, primary := tn.Catalog(), f.Admin(t, "tenants"), f.Admin(t, "primary")
+	for name, died := range map[string]func(d tenancy.DataSource){
+		"marked":      func(tenancy.DataSource) {},
+		"schema_gone": func(d tenancy.DataSource) { must(t, admin, `DROP SCHEMA `+d.Schema+` CASCADE`) },
+		"no_login_left": func(d tenancy.DataSource) {
+			must(t, admin, `DROP OWNED BY `+d.User)
+			must(t, admin, `DROP ROLE `+d.User)
+		},
+	} {
+		for _, id := range []tenancy.ID{acme.ID, 0} {
+			d := prepare(t, tn, id, "")
+			must(t, primary, `UPDATE tenancy.data_sources SET state = 'intent' WHERE schema = $1`, d.Schema)
+			died(d)
+			if err := c.DropPlace(t.Context(), d); err != nil {
+				t.Errorf("%s, for %d: %v", name, id, err)
+			}
+			if n := scan[int](t, admin, `SELECT count(*) FROM pg_roles WHERE starts_with(rolname, $1)`, d.Schema); n != 0 {
+				t.Errorf("%s, for %d: %d roles are left", name, id, n)
+			}
+			wantError(t, c.DropPlace(t.Context(), d), tenancy.ErrInvalid)
+		}
+	}
+	// One that is being made is not what a DropPlace has left.
+	d := prepare(t, tn, acme.ID, "")
+	must(t, primary, `UPDATE tenancy.data_sources SET state = 'intent' WHERE schema = $1`, d.Schema)
+	must(t, primary, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, acme.ID)
+	wantError(t, c.DropPlace(t.Context(), d), tenancy.ErrInProgress)
+	here := sourceOf(t, tn, acme.ID)
+	must(t, primary, `SELECT pg_advisory_unlock_all()`)
+	must(t, primary, `UPDATE tenancy.data_sources SET state = 'intent' WHERE schema = $1`, here.Schema)
+	wantError(t, c.DropPlace(t.Context(), here), tenancy.ErrInvalid, "a tenant uses this place")
+	wantOpen(t, admin, here.User)
 }
 
 // TestAPlaceIsNotDroppedUnderATenant lets a DropPlace and a move to the same place meet, either one first.

@@ -14,6 +14,7 @@ import (
 
 const (
 	validityBudget = 5 * time.Minute
+	finishTimeout  = time.Minute // of one tenant's loose ends, the drain apart
 	keepChanges    = 10_000
 )
 
@@ -63,8 +64,9 @@ const oursToFinish = `($1::text[] IS NULL OR t.name = ANY($1) OR NOT EXISTS (SEL
 
 // finishFences fences the tenants whose fence was cut off by a crash.
 func (c *Catalog) finishFences(ctx context.Context) error {
+	// In no order: tenants of one server that is gone for good keep no other one waiting for ever.
 	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT t.id FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
-		WHERE t.state IN ('suspended', 'maintenance', 'deleted') AND t.fenced IS NULL AND s.provisioner IS NOT NULL AND t.updated < now() - interval '30 s' AND `+oursToFinish+` LIMIT 100`, c.tn.cfg.serves())
+		WHERE t.state IN ('suspended', 'maintenance', 'deleted') AND t.fenced IS NULL AND s.provisioner IS NOT NULL AND t.updated < now() - interval '30 s' AND `+oursToFinish+` ORDER BY random() LIMIT 100`, c.tn.cfg.serves())
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[ID])
 	if err != nil {
 		return unavailable("validity", err)
@@ -77,8 +79,8 @@ func (c *Catalog) finishFences(ctx context.Context) error {
 }
 
 func (c *Catalog) finishFence(ctx context.Context, id ID) error {
-	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
-	if err != nil {
+	ctx, release, err := c.lockToFinish(ctx, id)
+	if err != nil || release == nil {
 		return err
 	}
 	defer release()
@@ -95,10 +97,25 @@ func (c *Catalog) finishFence(ctx context.Context, id ID) error {
 	return nil
 }
 
+// lockToFinish locks the tenant for as long as one tenant may take of a run. release is nil when a verb is at work on it: what is left
+// then is that one's, or the next run's, and the others of this run do not wait for it.
+func (c *Catalog) lockToFinish(ctx context.Context, id ID) (held context.Context, release func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, c.tn.cfg.DrainTimeout+finishTimeout)
+	held, unlock, err := c.tn.primary.tryLockTenant(ctx, id)
+	if err != nil {
+		cancel()
+		if errors.Is(err, errLocked) {
+			err = nil
+		}
+		return nil, nil, err
+	}
+	return held, func() { unlock(); cancel() }, nil
+}
+
 // finishPlaces finishes the rotations and the moves that a crash, or a server that was out of reach, has cut off. What is left of a
 // tenant that is deleted, its fence closes and its Purge drops.
 func (c *Catalog) finishPlaces(ctx context.Context) error {
-	// In no order: places of one server that is gone for good keep no other one waiting for ever.
+	// In no order, as the fences.
 	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT t.id, d.id FROM tenancy.data_sources d JOIN tenancy.tenants t ON t.uid = d.uid JOIN tenancy.servers s ON s.id = d.server
 		WHERE (d.next_login <> '' OR d.old_login <> '' OR d.leaving IS NOT NULL AND d.id <> t.data_source) AND d.state = 'made' AND s.provisioner IS NOT NULL
 		AND t.state IN ('active', 'suspended', 'maintenance') AND d.updated < now() - interval '30 s' AND `+oursToFinish+` ORDER BY random() LIMIT 100`, c.tn.cfg.serves())
@@ -120,8 +137,8 @@ func (c *Catalog) finishPlaces(ctx context.Context) error {
 }
 
 func (c *Catalog) finishPlace(ctx context.Context, id ID, source int64) error {
-	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
-	if err != nil {
+	ctx, release, err := c.lockToFinish(ctx, id)
+	if err != nil || release == nil {
 		return err
 	}
 	defer release()
@@ -158,13 +175,30 @@ func (c *Catalog) dropUnfinishedPlaces(ctx context.Context) error {
 	}
 	var errs []error
 	for _, id := range ids {
-		p, err := c.placeByID(ctx, id)
-		if err == nil {
-			err = c.dropUnused(ctx, p)
-		}
-		errs = append(errs, err)
+		errs = append(errs, c.dropUnfinishedPlace(ctx, id))
 	}
 	return errors.Join(errs...)
+}
+
+func (c *Catalog) dropUnfinishedPlace(ctx context.Context, id int64) error {
+	ctx, cancel := context.WithTimeout(ctx, finishTimeout)
+	defer cancel()
+	p, err := c.placeByID(ctx, id)
+	if err != nil {
+		return err
+	}
+	ctx, p, release, err := c.lockUnused(ctx, p)
+	switch {
+	case errors.Is(err, errLocked): // a Prepare that takes its time
+		return nil
+	case err != nil:
+		return err
+	}
+	defer release()
+	if p.state != "intent" {
+		return nil
+	}
+	return c.dropUnused(ctx, p)
 }
 
 // parseCron reads a schedule. The parser panics on some zone prefixes and accepts schedules that never fire, so both are refused here.

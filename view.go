@@ -178,13 +178,32 @@ func (v *view) forgetTenant(id ID) {
 	v.changes.Add(1) // after the forgetting: who reads the new count finds the old record gone
 }
 
-// doubt forgets what is remembered of one tenant.
-func (v *view) doubt(id ID) {
-	v.records.forget(id)
-	if v.stored != nil {
-		v.stored.forget(id)
+// doubt has what is remembered of one tenant read again, and waits for it. It stays remembered where the primary does not answer: what
+// can be done with what there is goes on, for StaleGrace as ever.
+func (v *view) doubt(ctx context.Context, id ID) { v.await(ctx, v.reread(id)) }
+
+// reread begins what doubt waits for.
+func (v *view) reread(id ID) (read <-chan struct{}) {
+	if v.stored == nil {
+		return v.records.reload(id, v.loadRecord)
 	}
-	v.changes.Add(1) // after the forgetting, as in forgetTenant
+	return v.stored.reload(id, func(ctx context.Context, id ID) (*record, bool, error) {
+		select {
+		case <-v.records.reload(id, v.loadRecord):
+		case <-ctx.Done():
+			return nil, false, ctx.Err()
+		}
+		return v.loadStored(ctx, id)
+	})
+}
+
+// await waits for what reread has begun.
+func (v *view) await(ctx context.Context, read <-chan struct{}) {
+	select {
+	case <-read:
+		v.changes.Add(1) // after the reading, as after a forgetting in forgetTenant
+	case <-ctx.Done():
+	}
 }
 
 // served says whether the tenant may be served now, as an error of the state's class.

@@ -31,6 +31,8 @@ type answer struct {
 	operator bool
 	// members: what an anonymous caller is not told: there it is "no such tenant".
 	members bool
+	// halfway: it came in the middle of a statement, which may have been a change, and done.
+	halfway bool
 }
 
 // answers are tried in order. Those that mean "could not find out" come first: an error can match a refusal as well,
@@ -79,10 +81,12 @@ var answers = []answer{
 }
 
 var (
-	interrupted = answer{status: http.StatusServiceUnavailable, name: "tenant-unavailable",
+	// refused is of a server that did nothing of what it was told.
+	refused = answer{status: http.StatusServiceUnavailable, name: "tenant-unavailable",
 		detail: "The tenant's database cannot be reached at the moment.", retry: time.Second, members: true}
 	failed   = answer{status: http.StatusInternalServerError}
 	notFound = answerTo(tenancy.ErrTenantNotFound)
+	unknown  = answerTo(tenancy.ErrCommitUnknown)
 )
 
 func answerTo(err error) answer {
@@ -94,8 +98,12 @@ func answerTo(err error) answer {
 	var server interface{ SQLState() string }
 	if errors.As(err, &server) {
 		switch server.SQLState() {
-		case "57P01", "57P02", "57P03", "25006": // the session was ended, or the server restarts or is read-only: the next try is told why, or works
-			return interrupted
+		case "57P03", "25006": // the server restarts or is read-only: the next try is told why, or works
+			return refused
+		case "57P01", "57P02": // the session was ended, as an operator or a restart does
+			a := refused
+			a.halfway = true
+			return a
 		case "57014": // of statement_timeout, or of an operator
 			return answerTo(context.DeadlineExceeded)
 		}
@@ -109,6 +117,9 @@ func answerFor(r *http.Request, err error) answer {
 	if a.class == context.Canceled && r.Context().Err() != nil {
 		return answer{status: statusClientGone, title: "Client closed the request"}
 	}
+	if a.halfway && !safe(r.Method) {
+		return unknown
+	}
 	if errors.Is(err, tenancy.ErrNoTenant) {
 		// The middleware ran and found nobody: then it is the caller who has to say who they are.
 		if s, ok := tenancy.FromContext(r.Context()); ok && s.User() == "" {
@@ -121,6 +132,15 @@ func answerFor(r *http.Request, err error) answer {
 		}
 	}
 	return a
+}
+
+// safe are the methods that ask for no change, RFC 9110 section 9.2.1: what they did can be done again.
+func safe(method string) bool {
+	switch method {
+	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace:
+		return true
+	}
+	return false
 }
 
 func statusOf(r *http.Request, err error) int { return answerFor(r, err).status }
