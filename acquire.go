@@ -24,6 +24,9 @@ type proof struct {
 	rested   bool         // it was unused for long enough to look at its socket first, which costs a call of the system
 }
 
+// stirs says whether the server has said something since the last answer, or is gone.
+func (m *proof) stirs() bool { return m.conn != nil && m.conn.Stirs() }
+
 // idleOnly is the key of a context in which the pool must not dial.
 type idleOnly struct{}
 
@@ -166,7 +169,7 @@ func (p *tenantPool) check(ctx context.Context, conn *pgx.Conn) error {
 	case mark.pool != p:
 		return hinted(ErrIdentity, "the pool gave out a connection that was proved for another pool: it was that of tenant id %d, generation %d",
 			mark.pool.tenant.ID, mark.pool.tenant.Generation)
-	case mark.doubtful || mark.rested && mark.conn != nil && mark.conn.Stirs(): // a good-bye may be waiting to be read, and then what is sent now is lost
+	case mark.doubtful || !budget.TellsUnheard && mark.rested && mark.stirs(): // a good-bye may be waiting to be read, and then what is sent now is lost
 		bounded, cancel := context.WithTimeout(ctx, min(p.limits.PingTimeout, p.limits.AcquireTimeout))
 		defer cancel()
 		if err := conn.Ping(bounded); err != nil {

@@ -51,7 +51,7 @@ func TestConnectionsAreMadeForTheAccountAndNotByCallers(t *testing.T) {
 			}
 		}
 		for left := 1; left > 0; { // until each has said so: what is sent to one that has not is lost
-			if err := admin.QueryRow(t.Context(), `SELECT count(*) FROM (SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename LIKE 't\_%\_l1') s`).Scan(&left); err != nil {
+			if err := admin.QueryRow(t.Context(), `SELECT count(*) FROM (SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND usename LIKE 't\_%\_l1') s`).Scan(&left); err != nil {
 				t.Fatal(err)
 			}
 		}

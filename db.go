@@ -53,7 +53,7 @@ const (
 // Exec runs sql and returns its command tag. The connection is given back before it returns.
 func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error) {
 	for again := false; ; again = true {
-		c, err := db.checkout(ctx, "exec")
+		c, err := db.checkoutFor(ctx, "exec", again)
 		if err != nil {
 			return pgconn.CommandTag{}, err
 		}
@@ -68,17 +68,17 @@ func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any)
 func (c *checkout) exec(ctx context.Context, sql string, arguments []any) (tag pgconn.CommandTag, harmless bool, err error) {
 	defer c.release() // also when an argument's Value method panics
 	tag, err = c.conn.Exec(ctx, sql, arguments...)
-	return tag, err != nil && mayRepeat(ctx, err, execsOne(ctx, c.conn.Conn(), sql, arguments)), err
+	return tag, err != nil && mayRepeat(ctx, c.conn.Conn(), err, execsOne(ctx, c.conn.Conn(), sql, arguments)), err
 }
 
 // mayRepeat says whether what was done outside a transaction may be done once more after err, because it had no effect: it
-// was never sent, or the server refused a plan that is older than a migration. one says that it was one statement for certain: of several, those
+// was never sent, or never arrived, or the server refused a plan that is older than a migration. one says that it was one statement for certain: of several, those
 // before the one that was refused may have been committed.
-func mayRepeat(ctx context.Context, err error, one bool) bool {
+func mayRepeat(ctx context.Context, conn *pgx.Conn, err error, one bool) bool {
 	if err == nil || ctx.Err() != nil {
 		return false
 	}
-	if neverSent(err) {
+	if neverSent(err) || unheard(conn, err) {
 		return true
 	}
 	if !one {
@@ -135,6 +135,17 @@ func neverSent(err error) bool {
 	return pgconn.SafeToRetry(err) && !errors.Is(err, pgconn.ErrConnClosed)
 }
 
+// unheard says whether what was sent last cannot have reached the server, because the connection was gone: a good-bye that was not read yet
+// lets it be written all the same.
+func unheard(conn *pgx.Conn, err error) bool {
+	c := budget.Of(conn.PgConn().Conn())
+	if c == nil {
+		return false
+	}
+	last, ok := errors.AsType[*pgconn.PgError](err)
+	return c.Unheard(ok && last.SeverityUnlocalized == "FATAL")
+}
+
 // Query runs sql and returns its rows. They hold a connection until they are closed, read to the
 // end, or a Scan fails. args must not be changed before the first Next: the statement may be sent a second time then.
 //
@@ -143,7 +154,7 @@ func neverSent(err error) bool {
 // theirs until they end.
 func (db *TenantAwareDB) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
 	for again := false; ; again = true {
-		c, err := db.checkout(ctx, "query")
+		c, err := db.checkoutFor(ctx, "query", again)
 		if err != nil {
 			return errRows{err}, err
 		}
@@ -167,7 +178,7 @@ func (c *checkout) query(ctx context.Context, sql string, args []any) (r pgx.Row
 	}()
 	r, err = c.conn.Query(ctx, sql, args...)
 	kept = err == nil
-	return r, err != nil && mayRepeat(ctx, err, queriesOne(c.conn.Conn(), args)), err
+	return r, err != nil && mayRepeat(ctx, c.conn.Conn(), err, queriesOne(c.conn.Conn(), args)), err
 }
 
 // QueryRow runs sql for its first row. The connection is held until Scan, which also gives the
@@ -185,7 +196,7 @@ func (db *TenantAwareDB) QueryRow(ctx context.Context, sql string, args ...any) 
 //
 // The transaction is guarded like that of [TenantAwareDB.BeginTx].
 func (db *TenantAwareDB) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
-	c, err := db.checkout(ctx, "send batch")
+	c, err := db.checkoutFor(ctx, "send batch", true)
 	if err != nil {
 		return failedBatch{BatchResults: pgx.FailedBatchResults(b, err), err: err}
 	}
@@ -208,20 +219,22 @@ func (db *TenantAwareDB) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchR
 func (db *TenantAwareDB) CopyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, rowSrc pgx.CopyFromSource) (int64, error) {
 	src := &watchedSource{CopyFromSource: rowSrc}
 	for again := false; ; again = true {
-		c, err := db.checkout(ctx, "copy")
+		c, err := db.checkoutFor(ctx, "copy", true) // its rows are asked for at once, and then it cannot begin anew
 		if err != nil {
 			return 0, err
 		}
-		n, err := c.copyFrom(ctx, tableName, columnNames, src)
-		if again || src.asked.Load() || !mayRepeat(ctx, err, true) {
+		n, harmless, err := c.copyFrom(ctx, tableName, columnNames, src)
+		if again || !harmless {
 			return n, err
 		}
 	}
 }
 
-func (c *checkout) copyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, src *watchedSource) (int64, error) {
+// copyFrom also says whether the copy may be tried once more.
+func (c *checkout) copyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, src *watchedSource) (n int64, harmless bool, err error) {
 	defer c.release()
-	return c.conn.CopyFrom(ctx, tableName, columnNames, src)
+	n, err = c.conn.CopyFrom(ctx, tableName, columnNames, src)
+	return n, !src.asked.Load() && mayRepeat(ctx, c.conn.Conn(), err, true), err
 }
 
 // watchedSource remembers whether a row was asked for: then the copy cannot begin anew.
@@ -249,19 +262,21 @@ func (db *TenantAwareDB) Begin(ctx context.Context) (pgx.Tx, error) {
 // whatever the context says.
 func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (pgx.Tx, error) {
 	for again := false; ; again = true {
-		c, err := db.checkout(ctx, "begin")
+		c, err := db.checkoutFor(ctx, "begin", again)
 		if err != nil {
 			return nil, err
 		}
+		conn := c.conn.Conn()
 		inner, err := c.conn.BeginTx(ctx, txOptions)
 		if err == nil {
 			return &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}, nil
 		}
 		// What began on a connection that is gone is gone with it, unless BeginQuery did more.
 		plain := txOptions.BeginQuery == ""
-		lost := c.conn.Conn().IsClosed() && plain && ctx.Err() == nil
+		lost := conn.IsClosed() && plain && ctx.Err() == nil
+		harmless := lost || mayRepeat(ctx, conn, err, plain)
 		c.release()
-		if again || !lost && !mayRepeat(ctx, err, plain) {
+		if again || !harmless {
 			return nil, err
 		}
 	}
@@ -308,7 +323,7 @@ func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx 
 //
 // The error is that of the checkout or of fn.
 func (db *TenantAwareDB) WithConn(ctx context.Context, fn func(ctx context.Context, conn *pgx.Conn) error) error {
-	c, err := db.checkout(ctx, "with conn")
+	c, err := db.checkoutFor(ctx, "with conn", true)
 	if err != nil {
 		return err
 	}
@@ -348,6 +363,23 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 		return checkout{}, db.tn.checkoutFailure(op, r.tenant, err)
 	}
 	return c, nil
+}
+
+// checkoutFor is checkout. With alive it looks at the connection's socket first and takes no dead one: for what is never sent again.
+func (db *TenantAwareDB) checkoutFor(ctx context.Context, op string, alive bool) (checkout, error) {
+	for {
+		c, err := db.checkout(ctx, op)
+		if err != nil || !alive || !c.dead() {
+			return c, err
+		}
+		c.destroy(ctx)
+	}
+}
+
+// dead says whether the server has said good-bye, which it only does of itself.
+func (c *checkout) dead() bool {
+	mark, _ := c.conn.Conn().PgConn().CustomData()[markKey].(*proof)
+	return mark != nil && mark.stirs()
 }
 
 // acquireAnew reads the tenant's configuration once more and tries again if it is a newer one. p is the pool whose login was refused.
@@ -498,7 +530,7 @@ func (r *leasedRows) Next() bool {
 		r.begun = true
 		return true
 	}
-	if err := r.Rows.Err(); err != nil && !r.begun && mayRepeat(r.ctx, err, r.one()) {
+	if err := r.Rows.Err(); err != nil && !r.begun && r.mayRepeat(err) {
 		r.repeat()
 		return r.Next()
 	}
@@ -506,15 +538,16 @@ func (r *leasedRows) Next() bool {
 	return false
 }
 
-// one says whether the rows are those of one statement for certain.
-func (r *leasedRows) one() bool { return r.c.conn != nil && queriesOne(r.c.conn.Conn(), r.args) }
+func (r *leasedRows) mayRepeat(err error) bool {
+	return r.c.conn != nil && mayRepeat(r.ctx, r.c.conn.Conn(), err, queriesOne(r.c.conn.Conn(), r.args))
+}
 
 // repeat sends the statement again, over another connection. Many an error shows at the first row only.
 func (r *leasedRows) repeat() {
 	r.begun = true
 	r.Close()
 	var err error
-	if r.c, err = r.db.checkout(r.ctx, "query"); err == nil {
+	if r.c, err = r.db.checkoutFor(r.ctx, "query", true); err == nil {
 		r.Rows, _, err = r.c.query(r.ctx, r.sql, r.args)
 	}
 	if err != nil {

@@ -34,6 +34,8 @@ type Conn struct {
 	stir    *stirrer // nil: there is no socket to look at
 
 	closed atomic.Bool
+	ended  atomic.Bool  // the server has closed its end, before what was written last had reached it
+	owed   atomic.Bool  // when it was closed on this side, what was written last had not reached the server
 	inUse  sync.RWMutex // held for reading by every Read and Write
 	freed  sync.Once
 
@@ -79,6 +81,10 @@ func (c *Conn) delayed() {
 
 // Close says good-bye and returns; the rest happens in the background.
 func (c *Conn) Close() error {
+	if c.closed.Load() {
+		return net.ErrClosed
+	}
+	c.owed.Store(c.owes())
 	if c.closed.Swap(true) {
 		return net.ErrClosed
 	}
@@ -145,8 +151,17 @@ func (c *Conn) Read(b []byte) (int, error) {
 		return 0, net.ErrClosed
 	}
 	defer c.inUse.RUnlock()
-	return c.Conn.Read(b)
+	n, err := c.Conn.Read(b)
+	if err == io.EOF && c.owes() {
+		c.ended.Store(true)
+	}
+	return n, err
 }
+
+// Unheard says of a connection that has failed whether the server cannot have heard what was written last, as far as this system can tell. lastWords says that the
+// server's last words were read: an error with which it ends the session. They, like the end of the stream, tell how much of
+// what was written has arrived where they come from; what has not by then is never read. An end without them (a reset) tells nothing.
+func (c *Conn) Unheard(lastWords bool) bool { return c.ended.Load() || lastWords && c.owed.Load() }
 
 func (c *Conn) Write(b []byte) (int, error) {
 	if !c.begin() {
