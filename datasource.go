@@ -308,10 +308,13 @@ func (d DataSource) connConfig() (*pgx.ConnConfig, error) {
 		c, err = pgx.ParseConfig(settings)
 		return err
 	})
+	if err == nil {
+		err = d.fill(c)
+	}
 	if err != nil {
 		return nil, err
 	}
-	return c, d.fill(c)
+	return c, nil
 }
 
 // fill puts the fields into settings that withoutEnvironment has made.

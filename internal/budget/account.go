@@ -601,6 +601,9 @@ func (a *Account) Close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	a.closed = true
+	if a.expiry != nil { // it would keep the account, and all that is behind it, until then
+		a.expiry.Stop()
+	}
 	for len(a.waiters) > 0 {
 		a.callLocked(ErrClosed)
 	}
