@@ -59,6 +59,8 @@ var (
 	ErrIdentity = errors.New("tenancy: connection is not the tenant's")
 	// ErrPooler: an undeclared connection pooler stands between us and PostgreSQL.
 	ErrPooler = errors.New("tenancy: undeclared connection pooler")
+	// ErrSessionPooled: WithConn was called for a tenant whose calls go through a pooler, where a connection is no session.
+	ErrSessionPooled = errors.New("tenancy: the tenant's calls go through a pooler, which gives nobody a session of its own")
 	// ErrUserLimit: the tenant's MaxUsers is reached.
 	ErrUserLimit = errors.New("tenancy: the tenant's user limit is reached")
 	// ErrInvalid: a value from outside was refused; the text names the field and the rule.

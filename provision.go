@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -32,6 +33,9 @@ type place struct {
 	nextSealed []byte
 	next       DataSource // that nextSealed holds; read by intendLogin
 	oldLogin   string     // that nextLogin came after, until it is dropped; "": none
+	oldPooled  bool       // it went through a pooler; false also where a crash has forgotten that
+
+	pooler, poolerTLS string // that the server is registered with now; source has its own
 
 	servers        *servers // by whose budgets it is connected to
 	provisioner    DataSource
@@ -58,10 +62,10 @@ func (c *Catalog) readPlace(ctx context.Context, where string, arg any) (*place,
 	var sealed, provisioner []byte
 	db := c.tn.primary
 	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.version, d.server, d.owner, d.runtime, d.sealed,
-		d.next_login, d.next_sealed, d.old_login, t.fenced IS NOT NULL, s.provisioner
+		d.next_login, d.next_sealed, d.old_login, t.fenced IS NOT NULL, s.pooler, s.pooler_tls, s.provisioner
 		FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
 		WHERE `+where, arg), &p.id, &p.state, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
-		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.fenced, &provisioner)
+		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, ErrTenantNotFound
 	}
@@ -118,7 +122,7 @@ func connectProvisioner(ctx context.Context, servers *servers, d DataSource) (*p
 	servers.single(cc)
 	conn, err := pgx.ConnectConfig(ctx, cc)
 	if err != nil {
-		return nil, fmt.Errorf("provisioner at %s: %w", d.Address(), withoutSecrets(err))
+		return nil, fmt.Errorf("provisioner at %s: %w", d.Address(), connectError(err))
 	}
 	return conn, nil
 }
@@ -147,7 +151,7 @@ func (c *Catalog) make(ctx context.Context, p *place) error {
 	if err != nil {
 		return err
 	}
-	if err := verifyPlace(ctx, conn, p); err != nil {
+	if err := c.tn.verifyPlace(ctx, conn, p); err != nil {
 		return err
 	}
 	return c.tn.proveLogin(ctx, p)
@@ -174,9 +178,29 @@ func (tn *Tenancy) makeLogin(ctx context.Context, conn *pgx.Conn, p *place, d Da
 	if err := makeRole(ctx, conn, d.User, tn.mayLogin()+" PASSWORD "+ident.Literal(verifier)); err != nil {
 		return err
 	}
-	return execAll(ctx, conn, "provision", []string{
+	err = execAll(ctx, conn, "provision", []string{
 		"GRANT " + ident.Quote(p.runtime) + " TO " + ident.Quote(d.User),
 		"GRANT " + ident.Quote(tenantsRole(d.Database)) + " TO " + ident.Quote(d.User),
+	})
+	if err != nil {
+		return err
+	}
+	return tn.setLogin(ctx, conn, d)
+}
+
+// setLogin gives a login that goes through a pooler the settings that a direct one sends when it connects.
+func (tn *Tenancy) setLogin(ctx context.Context, conn *pgx.Conn, d DataSource) error {
+	if d.Pooler == "" {
+		return nil
+	}
+	alter := "ALTER ROLE " + ident.Quote(d.User) + " IN DATABASE " + ident.Quote(d.Database)
+	timeout := " RESET statement_timeout"
+	if t := tn.cfg.Limits.StatementTimeout; t > 0 {
+		timeout = " SET statement_timeout = " + strconv.FormatInt(t.Milliseconds(), 10)
+	}
+	return execAll(ctx, conn, "provision", []string{
+		alter + " SET search_path = " + searchPath(d.Schema, tn.cfg.Extensions, tn.cfg.ReferenceTables),
+		alter + timeout,
 	})
 }
 
@@ -392,16 +416,16 @@ var errNoMigrations = hinted(ErrNoMigrations, "set Config.Migrations to the serv
 
 // verifyPlace asks the server whether the privileges are as they must be: what was granted and
 // refused along the way proves nothing, because some refusals are warnings.
-func verifyPlace(ctx context.Context, conn *pgx.Conn, p *place) error {
-	return ask(ctx, conn, append(loginChecks(p, p.source.User),
+func (tn *Tenancy) verifyPlace(ctx context.Context, conn *pgx.Conn, p *place) error {
+	return ask(ctx, conn, append(tn.loginChecks(p, p.source),
 		check{`SELECT NOT rolcanlogin FROM pg_roles WHERE rolname = ` + ident.Literal(p.owner), "the owner may still log in", mendPlace}))
 }
 
 const mendPlace = "call it again; if it stays, a default privilege or membership was changed by hand"
 
-// loginChecks are what has to be true of a login of the place.
-func loginChecks(p *place, user string) []check {
-	login := ident.Literal(user)
+// loginChecks are what has to be true of d's user, a login of the place.
+func (tn *Tenancy) loginChecks(p *place, d DataSource) []check {
+	login := ident.Literal(d.User)
 	marker, version := ident.Literal(ident.Quote(p.source.Schema, markerTable)), ident.Literal(ident.Quote(p.source.Schema, versionTable))
 	name := ident.Literal(p.source.Schema)
 	checks := []check{
@@ -418,6 +442,12 @@ func loginChecks(p *place, user string) []check {
 			check{`has_table_privilege(` + login + `, ` + table + `, 'SELECT')`, "the login may not read " + table, mendPlace},
 			check{`NOT has_table_privilege(` + login + `, ` + table + `, 'INSERT, UPDATE, DELETE, TRUNCATE, TRIGGER, REFERENCES')`, "the login may change " + table, mendPlace})
 	}
+	if d.Pooler != "" {
+		path := "search_path=" + strings.Join(schemasOf(d.Schema, tn.cfg.Extensions, tn.cfg.ReferenceTables), ",")
+		checks = append(checks, check{`SELECT bool_or(translate(setting, '" ', '') = ` + ident.Literal(path) + `) FROM pg_db_role_setting s, unnest(setconfig) setting
+			WHERE s.setrole = (SELECT oid FROM pg_roles WHERE rolname = ` + login + `) AND s.setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())`,
+			"the login has not the search_path that it needs behind a pooler", mendPlace})
+	}
 	return checks
 }
 
@@ -430,7 +460,17 @@ const (
 	// anySession is for a login that a node leaves for another one: its sessions end by themselves when its pool is closed, after the
 	// last call. One that looks idle can be a call's that has sent nothing yet.
 	anySession inUse = "true"
+	// lately is anySession where a pooler keeps sessions that nobody uses any more: those that were in use within the last second.
+	lately inUse = "(state <> 'idle' OR state_change > clock_timestamp() - interval '1 second')"
 )
+
+// leaving returns which sessions to wait for when nodes leave a login for another one.
+func leaving(pooled bool) inUse {
+	if pooled {
+		return lately
+	}
+	return anySession
+}
 
 // fence makes the server refuse the tenant, whatever any node believes: its logins may not log in, what
 // they are at has the drain's time to finish, and then their sessions end. A node that is paused or cut off is not asked.
