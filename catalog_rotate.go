@@ -143,7 +143,7 @@ func (c *Catalog) makeNextLogin(ctx context.Context, p *place) error {
 	if err := execAll(ctx, conn, opRotate, []string{"GRANT " + ident.Quote(p.source.User) + " TO " + ident.Quote(p.next.User)}); err != nil {
 		return err
 	}
-	if err := ask(ctx, conn, c.tn.loginChecks(p, p.next)); err != nil {
+	if err := ask(ctx, conn, loginChecks(p, p.next.User)); err != nil {
 		return err
 	}
 	next := *p

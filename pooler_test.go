@@ -409,6 +409,12 @@ func TestAPoolerThatIsNotTheTenantsOwnWayIsRefused(t *testing.T) {
 	asSuper := fmt.Sprintf("user=%s password=%s", super.User.Username(), password)
 	login, schema := placeOf(t, f, acme.ID).Login, placeOf(t, f, acme.ID).Schema
 	path := "SET search_path = " + schema
+	// A marker that the tenant has turned into a trap for superusers: whoever reads it before knowing who reads it springs it.
+	must(t, f.Admin(t, "tenants"), strings.ReplaceAll(`ALTER TABLE {}.tenancy_marker RENAME TO kept;
+		CREATE FUNCTION {}.trap() RETURNS boolean LANGUAGE plpgsql AS $$
+		BEGIN IF current_setting('is_superuser') = 'on' THEN RAISE 'the trap was sprung'; END IF; RETURN true; END $$;
+		CREATE VIEW {}.tenancy_marker AS SELECT realm, tenant FROM {}.kept WHERE {}.trap();
+		GRANT SELECT ON {}.tenancy_marker TO `, "{}", schema)+placeOf(t, f, acme.ID).Runtime)
 	// With scram-sha-256, PgBouncer 1.18 hands the client's own proof on also where user= names another.
 	const trust = "auth_type = trust"
 	for name, c := range map[string]struct {
@@ -450,7 +456,7 @@ func TestAPoolerThatIsNotTheTenantsOwnWayIsRefused(t *testing.T) {
 func TestAFenceHoldsBehindAPooler(t *testing.T) {
 	t.Parallel()
 	cfg := tenancy.Config{Migrations: noteMigrations}
-	f, b, tn, acme, _ := pooledFleet(t, cfg, "")
+	f, b, tn, acme, _ := pooledFleet(t, cfg, "", "query_wait_timeout = 1")
 	c, login := tn.Catalog(), placeOf(t, f, acme.ID).Login
 	wantTitles(t, tn, "acme")
 	if b.sessions(t, login) == 0 {
@@ -482,10 +488,8 @@ func TestAFenceHoldsBehindAPooler(t *testing.T) {
 	}
 	_, err = titles(as, tn)
 	wantError(t, err, tenancy.ErrTenantSuspended)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	if _, err := stolen.Exec(ctx, "SELECT count(*) FROM notes"); err == nil {
-		t.Error("a connection to PgBouncer that was open before has outlived the fence")
+	if _, err := stolen.Exec(t.Context(), "SELECT count(*) FROM notes"); sqlState(err) != "08P01" { // PgBouncer's own: it gets no session
+		t.Errorf("a connection to PgBouncer that was open before: %v", err)
 	}
 	if _, err := through(); err == nil {
 		t.Error("PgBouncer lets the closed login in")

@@ -7,7 +7,6 @@ import (
 	"math"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -151,7 +150,7 @@ func (c *Catalog) make(ctx context.Context, p *place) error {
 	if err != nil {
 		return err
 	}
-	if err := c.tn.verifyPlace(ctx, conn, p); err != nil {
+	if err := verifyPlace(ctx, conn, p); err != nil {
 		return err
 	}
 	return c.tn.proveLogin(ctx, p)
@@ -188,7 +187,8 @@ func (tn *Tenancy) makeLogin(ctx context.Context, conn *pgx.Conn, p *place, d Da
 	return tn.setLogin(ctx, conn, d)
 }
 
-// setLogin gives a login that goes through a pooler the settings that a direct one sends when it connects.
+// setLogin gives a login that goes through a pooler the settings that a direct one sends when it connects. Whether it has them is asked of a
+// session, in its proof.
 func (tn *Tenancy) setLogin(ctx context.Context, conn *pgx.Conn, d DataSource) error {
 	if d.Pooler == "" {
 		return nil
@@ -416,16 +416,16 @@ var errNoMigrations = hinted(ErrNoMigrations, "set Config.Migrations to the serv
 
 // verifyPlace asks the server whether the privileges are as they must be: what was granted and
 // refused along the way proves nothing, because some refusals are warnings.
-func (tn *Tenancy) verifyPlace(ctx context.Context, conn *pgx.Conn, p *place) error {
-	return ask(ctx, conn, append(tn.loginChecks(p, p.source),
+func verifyPlace(ctx context.Context, conn *pgx.Conn, p *place) error {
+	return ask(ctx, conn, append(loginChecks(p, p.source.User),
 		check{`SELECT NOT rolcanlogin FROM pg_roles WHERE rolname = ` + ident.Literal(p.owner), "the owner may still log in", mendPlace}))
 }
 
 const mendPlace = "call it again; if it stays, a default privilege or membership was changed by hand"
 
-// loginChecks are what has to be true of d's user, a login of the place.
-func (tn *Tenancy) loginChecks(p *place, d DataSource) []check {
-	login := ident.Literal(d.User)
+// loginChecks are what has to be true of a login of the place.
+func loginChecks(p *place, user string) []check {
+	login := ident.Literal(user)
 	marker, version := ident.Literal(ident.Quote(p.source.Schema, markerTable)), ident.Literal(ident.Quote(p.source.Schema, versionTable))
 	name := ident.Literal(p.source.Schema)
 	checks := []check{
@@ -441,12 +441,6 @@ func (tn *Tenancy) loginChecks(p *place, d DataSource) []check {
 		checks = append(checks,
 			check{`has_table_privilege(` + login + `, ` + table + `, 'SELECT')`, "the login may not read " + table, mendPlace},
 			check{`NOT has_table_privilege(` + login + `, ` + table + `, 'INSERT, UPDATE, DELETE, TRUNCATE, TRIGGER, REFERENCES')`, "the login may change " + table, mendPlace})
-	}
-	if d.Pooler != "" {
-		path := "search_path=" + strings.Join(schemasOf(d.Schema, tn.cfg.Extensions, tn.cfg.ReferenceTables), ",")
-		checks = append(checks, check{`SELECT bool_or(translate(setting, '" ', '') = ` + ident.Literal(path) + `) FROM pg_db_role_setting s, unnest(setconfig) setting
-			WHERE s.setrole = (SELECT oid FROM pg_roles WHERE rolname = ` + login + `) AND s.setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())`,
-			"the login has not the search_path that it needs behind a pooler", mendPlace})
 	}
 	return checks
 }
