@@ -87,7 +87,8 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 // transactions in flight end where they began and have Config.DrainTimeout for it, and no session is left, also of
 // a node that hears nothing. The old place's data stays, until [Catalog.DropPlace].
 //
-// An empty password, as [Catalog.DataSource] answers it, means the one that the primary has of the place. With the place that the tenant is in,
+// With d.Pooler the tenant's calls go through the pooler that the place's server is registered with, without it past that; the place that the
+// tenant is in will do. An empty password, as [Catalog.DataSource] answers it, means the one that the primary has of the place. With the place that the tenant is in,
 // SetDataSource tells the catalog of a password that was changed by hand; of a place that it has left, an earlier login will do, and then what the primary has
 // counts, with whatever password.
 //

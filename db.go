@@ -25,7 +25,7 @@ import (
 // was when the context was made. When the primary has been silent for too long the error is
 // [ErrPrimaryUnavailable], and when the tenant's own server cannot be reached
 // [ErrTenantUnavailable]; when its connections are all in use and as many calls wait as may, or one has waited for
-// [Limits].AcquireTimeout, [ErrBusy]; a connection that is not the tenant's is [ErrIdentity] or [ErrPooler];
+// [Limits].AcquireTimeout, [ErrBusy]; a connection that is not the tenant's is [ErrIdentity] or [ErrPooler] (docs/poolers.md);
 // after [Tenancy.Close] it is [ErrClosed]. Errors of a statement are those of pgx.
 //
 // Cancelling a call's ctx ends its wait for a connection, or breaks the connection that runs its

@@ -359,6 +359,15 @@ func TestALoginWithoutItsSearchPathIsRefusedBehindAPooler(t *testing.T) {
 			wantTitles(t, tn, "globex")
 		})
 	}
+	t.Run("right_with_the_marker_of_another", func(t *testing.T) {
+		mend(t, f, b, tn, acme.ID)
+		marker := at.table("tenancy_marker")
+		was := scan[string](t, b.admin, "SELECT tenant FROM "+marker)
+		must(t, b.admin, "UPDATE "+marker+" SET tenant = (SELECT tenant FROM "+other.table("tenancy_marker")+")")
+		wantRefused(t, f, cfg, "acme", tenancy.ErrIdentity, "marker")
+		must(t, b.admin, "UPDATE "+marker+" SET tenant = $1", was)
+		wantTitles(t, f.Open(t, cfg), "acme")
+	})
 	t.Run("by_the_tenants_own_sql", func(t *testing.T) {
 		mend(t, f, b, tn, acme.ID)
 		wantTitles(t, tn, "acme")
