@@ -56,3 +56,18 @@ func TestABouncerThatCannotStartSaysWhy(t *testing.T) {
 		t.Error("it started with a ctx that had ended", b.Stop())
 	}
 }
+
+func TestAKilledParentLeavesNoBouncer(t *testing.T) {
+	t.Parallel()
+	cmd, o := startParent(t, "bouncer")
+	if dead(o.server) {
+		t.Fatal("it does not run")
+	}
+	if uid := uidOf(t, o.server); uid == "0" {
+		t.Error("it runs as root")
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	assertGone(t, o.server, o.folder)
+}
