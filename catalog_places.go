@@ -132,6 +132,9 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 	if d.Pooler != "" && (d.Pooler != to.pooler || d.PoolerTLS != to.poolerTLS) {
 		return fail(invalid(fmt.Errorf("data source: the place's server is registered with the pooler %q and TLS %q: see Catalog.AddServer", to.pooler, to.poolerTLS)))
 	}
+	if to.source.Pooler != "" { // which may have gone since, where the place's own data source counts
+		to.source.Pooler, to.source.PoolerTLS = to.pooler, to.poolerTLS
+	}
 	switch {
 	case d.User == to.source.User: // prove the login as given; where it was rotated since, what is known of it
 		def(&d.Password, to.source.Password)

@@ -1,6 +1,7 @@
 package tenancy
 
 import (
+	"encoding/json"
 	"errors"
 	"testing"
 
@@ -67,5 +68,48 @@ func TestOnlyPgBouncersRefusalIsTakenForAPooler(t *testing.T) {
 	}
 	if err := connectError(&pgconn.PgError{Code: "42704", Message: "unsupported startup parameter: x"}); errors.Is(err, ErrPooler) {
 		t.Errorf("another code: %v", err)
+	}
+}
+
+func TestTheWayToAPoolerHasItsOwnProtection(t *testing.T) {
+	t.Parallel()
+	d := DataSource{Host: "db.example.org", Port: 5432, Database: "db", User: "t_a", Password: "x", TLS: "disable", Pooler: "pooler.example.org:6432"}
+	for mode, want := range map[string]string{"": "verify-full", "verify-full": "verify-full", "require": "require", "disable": "disable"} {
+		d.PoolerTLS = mode
+		via, err := d.viaPooler()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cc, err := via.connConfig()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if via.tlsMode() != want || cc.Host != "pooler.example.org" || cc.Port != 6432 || (cc.TLSConfig == nil) != (want == "disable") {
+			t.Errorf("%q: %s to %s:%d with %v, want %s", mode, via.tlsMode(), cc.Host, cc.Port, cc.TLSConfig, want)
+		}
+		if cc.TLSConfig != nil && (cc.TLSConfig.ServerName != "pooler.example.org" || cc.TLSConfig.InsecureSkipVerify != (want == "require")) {
+			t.Errorf("%q: the certificate of %q is asked for", mode, cc.TLSConfig.ServerName)
+		}
+	}
+	direct, err := d.connConfig()
+	if err != nil || direct.Host != "db.example.org" || direct.Port != 5432 || direct.TLSConfig != nil {
+		t.Errorf("directly: %s:%d, %v", direct.Host, direct.Port, err)
+	}
+}
+
+// TestTheReleaseBeforeGoesPastThePooler reads what is sealed as a release does that knows of none, in a deployment from node to node.
+func TestTheReleaseBeforeGoesPastThePooler(t *testing.T) {
+	t.Parallel()
+	text, err := json.Marshal(sealedSource{Host: "db", Port: 5432, Database: "d", Schema: "t_a", User: "t_a_l1", Password: "x", TLS: "require", Pooler: "pooler:6432", PoolerTLS: "disable"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	type before struct {
+		Host, Database, Schema, User, Password, TLS string
+		Port                                        uint16
+	}
+	var got before
+	if err := json.Unmarshal(text, &got); err != nil || got != (before{"db", "d", "t_a", "t_a_l1", "x", "require", 5432}) {
+		t.Errorf("it reads %+v, %v", got, err)
 	}
 }

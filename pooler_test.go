@@ -615,6 +615,24 @@ func TestAFleetIsMovedBehindAPoolerAndBack(t *testing.T) {
 		}
 	}
 	where("with new logins", false, false)
+
+	// A place that was left remembers a pooler that is gone.
+	former, err := c.DataSource(ctx, acme.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	register(t, f, tn, b.address())
+	if err := c.RotatePassword(ctx, acme.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.SetDataSource(ctx, acme.ID, prepare(t, tn, acme.ID, "")); err != nil {
+		t.Fatal(err)
+	}
+	register(t, f, tn, "")
+	if err := c.SetDataSource(ctx, acme.ID, former); err != nil {
+		t.Fatal(err)
+	}
+	where("back by a login of before", false, false)
 }
 
 func TestBehindAPoolerNobodyGetsASession(t *testing.T) {
