@@ -62,7 +62,7 @@ func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 			p.pool.Reset() // the others are as old, and asking each of them would take as long
 			missed = 1
 		default:
-			return nil, withoutSecrets(err)
+			return nil, connectError(err)
 		}
 		if err := ctx.Err(); err != nil {
 			return nil, err
@@ -246,7 +246,7 @@ func (p *tenantPool) connect() (retry time.Duration, err error) {
 			return &connectFailure{text: fmt.Sprintf("no connection within %v", 2*p.limits.ConnectTimeout), cause: ctx.Err()}
 		}
 		if err != nil {
-			return withoutSecrets(err)
+			return connectError(err)
 		}
 		defer conn.Release()
 		switch {

@@ -87,7 +87,8 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 // transactions in flight end where they began and have Config.DrainTimeout for it, and no session is left, also of
 // a node that hears nothing. The old place's data stays, until [Catalog.DropPlace].
 //
-// An empty password, as [Catalog.DataSource] answers it, means the one that the primary has of the place. With the place that the tenant is in,
+// With d.Pooler the tenant's calls go through the pooler that the place's server is registered with, without it past that; the place that the
+// tenant is in will do. An empty password, as [Catalog.DataSource] answers it, means the one that the primary has of the place. With the place that the tenant is in,
 // SetDataSource tells the catalog of a password that was changed by hand; of a place that it has left, an earlier login will do, and then what the primary has
 // counts, with whatever password.
 //
@@ -128,6 +129,12 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		return fail(err)
 	}
 	to.tenant = now.tenant
+	if d.Pooler != "" && (d.Pooler != to.pooler || d.PoolerTLS != to.poolerTLS) {
+		return fail(invalid(fmt.Errorf("data source: the place's server is registered with the pooler %q and TLS %q: see Catalog.AddServer", to.pooler, to.poolerTLS)))
+	}
+	if to.source.Pooler != "" { // which may have gone since, where the place's own data source counts
+		to.source.Pooler, to.source.PoolerTLS = to.pooler, to.poolerTLS
+	}
 	switch {
 	case d.User == to.source.User: // prove the login as given; where it was rotated since, what is known of it
 		def(&d.Password, to.source.Password)
@@ -267,7 +274,7 @@ func (c *Catalog) leavePlace(ctx context.Context, p *place) error {
 	if err := c.tn.feed.awaitNodes(ctx); err != nil {
 		return err
 	}
-	if err := fencePlace(ctx, p, anySession, c.tn.cfg.DrainTimeout); err != nil {
+	if err := fencePlace(ctx, p, leaving(p.source.Pooler != ""), c.tn.cfg.DrainTimeout); err != nil {
 		return err
 	}
 	_, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET leaving = NULL, updated = now() WHERE id = $1`, p.id)
@@ -383,10 +390,10 @@ func (c *Catalog) placeByID(ctx context.Context, id int64) (*place, error) {
 	var sealed, provisioner []byte
 	db := c.tn.primary
 	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.version, d.server, d.owner, d.runtime, d.sealed,
-		d.next_login, d.next_sealed, d.old_login, s.provisioner
+		d.next_login, d.next_sealed, d.old_login, s.pooler, s.pooler_tls, s.provisioner
 		FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE d.id = $1`, id).
 		Scan(&p.tenant.UID, &p.state, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
-			&p.nextLogin, &p.nextSealed, &p.oldLogin, &provisioner)
+			&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.pooler, &p.poolerTLS, &provisioner)
 	if err != nil {
 		return nil, unavailable("read place", err)
 	}
@@ -425,6 +432,9 @@ func (c *Catalog) openPlace(ctx context.Context, p *place) error {
 	}
 	defer closeConn(conn)
 	if err := execDDL(ctx, conn, "ALTER ROLE "+ident.Quote(p.source.User)+" "+c.tn.mayLogin()); err != nil {
+		return err
+	}
+	if err := c.tn.setLogin(ctx, conn, p.source); err != nil {
 		return err
 	}
 	return c.tn.proveLogin(ctx, p)

@@ -19,6 +19,7 @@ const opRotate = "rotate password"
 //
 // The new login has the rights of the tenant's groups and owns what the old one did (large objects). What was given to the old login by hand goes
 // with it: grant to the runtime role, and make settings (ALTER ROLE ... SET) again, for a login does not inherit its groups'.
+// The new login goes through the pooler that the place's server is registered with, or past any that it has no more ([ServerConfig].Pooler).
 // A place that the tenant has left keeps its login, which is closed.
 //
 // A RotatePassword that died or failed on the way is finished by the next one, or by the validity job. With [ErrNotClosed] the tenant has its new
@@ -98,6 +99,7 @@ func (c *Catalog) intendLogin(ctx context.Context, p *place) error {
 		return err
 	}
 	p.next = p.source
+	p.next.Pooler, p.next.PoolerTLS = p.pooler, p.poolerTLS // as the server is registered now
 	p.next.User, p.next.Password = nextLogin(p.source.Schema, p.source.User), Secret(password)
 	sealed, err := db.sealSource(p.tenant.UID, "next_login", p.next)
 	if err != nil {
@@ -186,6 +188,7 @@ func (c *Catalog) takeNextLogin(ctx context.Context, p *place) error {
 	if err != nil {
 		return refusal(opRotate, err)
 	}
+	p.oldPooled = p.source.Pooler != ""
 	p.oldLogin, p.source, p.nextLogin, p.nextSealed = p.source.User, p.next, "", nil
 	c.tn.feed.catchUp(ctx)
 	return nil
@@ -234,7 +237,7 @@ func (c *Catalog) dropLogin(ctx context.Context, p *place, login string) (err er
 		return err
 	}
 	defer closeConn(conn)
-	if err := closeLogins(ctx, conn, []string{login}, nil, anySession, c.tn.cfg.DrainTimeout); err != nil {
+	if err := closeLogins(ctx, conn, []string{login}, nil, leaving(login == p.oldLogin && p.oldPooled), c.tn.cfg.DrainTimeout); err != nil {
 		return err
 	}
 	var there bool

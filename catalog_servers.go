@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy/internal/ident"
@@ -16,16 +17,27 @@ type ServerConfig struct {
 	Name string
 	// URL with the provisioner's login: postgres://user:password@host:port/database. Required.
 	URL string
+	// Pooler is host:port of a pooler such as PgBouncer that calls of this server's tenants go through; see docs/poolers.md. The provisioner,
+	// migrations and fences go to URL's address, always. Places that are made from now on have it; those that exist keep theirs until
+	// Catalog.RotatePassword or Catalog.SetDataSource. Default: none.
+	Pooler string
+	// PoolerTLS is the connections' protection as in [DataSource].TLS. Default: "verify-full", and "disable" for localhost and loopback addresses.
+	PoolerTLS string
 }
 
 // Format writes what can be shown, whatever the verb: the URL holds a password.
 func (s ServerConfig) Format(f fmt.State, _ rune) {
-	fmt.Fprintf(f, "tenancy.ServerConfig{Name: %q, URL: %s}", s.Name, redactURL(s.URL))
+	fmt.Fprintf(f, "tenancy.ServerConfig{Name: %q, URL: %s", s.Name, redactURL(s.URL))
+	if s.Pooler != "" {
+		fmt.Fprintf(f, ", Pooler: %q", s.Pooler)
+	}
+	_, _ = io.WriteString(f, "}")
 }
 
 // MarshalText is Format for JSON and log/slog.
 func (s ServerConfig) MarshalText() ([]byte, error) { return fmt.Append(nil, s), nil }
 
+// parse returns the name, and the provisioner's login with the pooler that its tenants' calls go through.
 func (s ServerConfig) parse() (string, DataSource, error) {
 	name := s.Name
 	def(&name, "main")
@@ -39,11 +51,15 @@ func (s ServerConfig) parse() (string, DataSource, error) {
 	if err := errors.Join(ident.Schema(d.Database), ident.Schema(d.User)); err != nil {
 		return "", DataSource{}, invalid(fmt.Errorf("ServerConfig.URL: database and user: %w", err))
 	}
+	d.Pooler, d.PoolerTLS = s.Pooler, s.PoolerTLS
+	if err := d.validatePooler(); err != nil {
+		return "", DataSource{}, invalid(fmt.Errorf("ServerConfig.Pooler: %w", err))
+	}
 	return name, d, nil
 }
 
 // AddServer registers a further database in which tenants can live, set up with [Init]. Known
-// by its address, it gets the new provisioner login; its name stays.
+// by its address, it gets the new provisioner login, and the pooler or none; its name stays.
 func (c *Catalog) AddServer(ctx context.Context, s ServerConfig) error {
 	name, d, err := s.parse()
 	if err != nil {
@@ -84,10 +100,12 @@ func (p *primaryDB) sameProvisioner(ctx context.Context, d DataSource) error {
 	return nil
 }
 
-// registerServer adds the server to the catalog, or renews its provisioner's password.
+// registerServer adds the server to the catalog, or renews its provisioner's password and its pooler.
 func (p *primaryDB) registerServer(ctx context.Context, name string, d DataSource) error {
 	err := pgx.BeginFunc(ctx, p.pool, func(tx pgx.Tx) error {
-		sealed, err := p.sealSource(UID(p.realm.Value()), "provisioner", d)
+		login := d
+		login.Pooler, login.PoolerTLS = "", "" // the provisioner goes past it
+		sealed, err := p.sealSource(UID(p.realm.Value()), "provisioner", login)
 		if err != nil {
 			return err
 		}
@@ -95,14 +113,15 @@ func (p *primaryDB) registerServer(ctx context.Context, name string, d DataSourc
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtextextended('tenancy servers', 0))`); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `INSERT INTO tenancy.servers (name, host, port, database, tls, provisioner) VALUES ($1, $2, $3, $4, $5, $6)
-			ON CONFLICT (host, port, database) DO UPDATE SET provisioner = excluded.provisioner, tls = excluded.tls, updated = now()`,
-			name, d.Host, d.Port, d.Database, d.TLS, sealed); isState(err, "23505") {
+		if _, err := tx.Exec(ctx, `INSERT INTO tenancy.servers (name, host, port, database, tls, provisioner, pooler, pooler_tls) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+			ON CONFLICT (host, port, database) DO UPDATE SET provisioner = excluded.provisioner, tls = excluded.tls,
+				pooler = excluded.pooler, pooler_tls = excluded.pooler_tls, updated = now()`,
+			name, d.Host, d.Port, d.Database, d.TLS, sealed, d.Pooler, d.PoolerTLS); isState(err, "23505") {
 			return invalid(fmt.Errorf("server: the name %q belongs to another address", name))
 		} else if err != nil {
 			return err
 		}
-		if err := audit(ctx, tx, "register server", 0, map[string]any{"server": name, "address": d.Address()}); err != nil {
+		if err := audit(ctx, tx, "register server", 0, map[string]any{"server": name, "address": d.Address(), "pooler": d.Pooler}); err != nil {
 			return err
 		}
 		return changed(ctx, tx, "server", 0, name)

@@ -230,10 +230,10 @@ func (c *Catalog) declared(ctx context.Context, tx pgx.Tx, n *NewTenant, intent 
 func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, server string) (int64, error) {
 	var id int64
 	var d DataSource
-	err := tx.QueryRow(ctx, `SELECT id, host, port, database, tls FROM tenancy.servers s
+	err := tx.QueryRow(ctx, `SELECT id, host, port, database, tls, pooler, pooler_tls FROM tenancy.servers s
 		WHERE ($1 = '' AND provisioner IS NOT NULL) OR name = $1
 		ORDER BY (SELECT count(*) FROM tenancy.data_sources d WHERE d.server = s.id AND d.state <> 'dropped'), id LIMIT 1`, server).
-		Scan(&id, &d.Host, &d.Port, &d.Database, &d.TLS)
+		Scan(&id, &d.Host, &d.Port, &d.Database, &d.TLS, &d.Pooler, &d.PoolerTLS)
 	if errors.Is(err, pgx.ErrNoRows) {
 		if server != "" {
 			return 0, invalid(fmt.Errorf("server: %q is not registered", server))

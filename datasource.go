@@ -47,6 +47,12 @@ type DataSource struct {
 	// "verify-full" (and it is the host's). There is no fall-back from one to another.
 	// Default: "verify-full", and "disable" for localhost and loopback addresses.
 	TLS string
+	// Pooler is host:port of the pooler that the tenant's calls go through, to the same Database, as User; see
+	// docs/poolers.md. What the library does for the tenant (migrations, fences) goes to Host and Port. Only the one that the place's
+	// server is registered with is taken ([ServerConfig].Pooler). Default: none, the calls go to Host and Port too.
+	Pooler string
+	// PoolerTLS is as TLS, for the connections to Pooler, and with the same default, by the pooler's own host.
+	PoolerTLS string
 }
 
 // ParseDataSource reads postgres://user:password@host:port/database?sslmode=verify-full&schema=name,
@@ -236,13 +242,56 @@ func (d DataSource) validate() error {
 			return err
 		}
 	}
-	switch d.TLS {
+	if err := validateTLS(d.TLS); err != nil {
+		return err
+	}
+	return d.validatePooler()
+}
+
+func validateTLS(mode string) error {
+	switch mode {
 	case "", "disable", "require", "verify-ca", "verify-full":
 		return nil
 	case "allow", "prefer":
 		return errors.New("sslmode must not be allow or prefer: they fall back to a connection without protection")
 	}
 	return errors.New("sslmode must be disable, require, verify-ca or verify-full")
+}
+
+func (d DataSource) validatePooler() error {
+	if d.Pooler == "" {
+		if d.PoolerTLS != "" {
+			return errors.New("pooler is missing, and its TLS is given")
+		}
+		return nil
+	}
+	if _, err := d.viaPooler(); err != nil {
+		return fmt.Errorf("pooler: %w", err)
+	}
+	if err := validateTLS(d.PoolerTLS); err != nil {
+		return fmt.Errorf("pooler: %w", err)
+	}
+	return nil
+}
+
+// viaPooler returns how the tenant's calls reach their data: by the pooler's address where there is one.
+func (d DataSource) viaPooler() (DataSource, error) {
+	if d.Pooler == "" {
+		return d, nil
+	}
+	host, text, err := net.SplitHostPort(d.Pooler)
+	if err != nil {
+		return DataSource{}, errors.New("it must be host:port, with an IPv6 host in brackets")
+	}
+	if err := validateHost(host); err != nil {
+		return DataSource{}, err
+	}
+	port, err := strconv.ParseUint(text, 10, 16)
+	if err != nil || port == 0 {
+		return DataSource{}, errors.New("port must be a number from 1 to 65535")
+	}
+	d.Host, d.Port, d.TLS = host, uint16(port), d.PoolerTLS
+	return d, nil
 }
 
 func validateHost(s string) error {
@@ -285,7 +334,11 @@ func (d DataSource) Address() string {
 
 // String returns every field but the password.
 func (d DataSource) String() string {
-	return fmt.Sprintf("postgres://%s:%s@%s?sslmode=%s&schema=%s", d.User, redacted, d.Address(), d.tlsMode(), d.Schema)
+	s := fmt.Sprintf("postgres://%s:%s@%s?sslmode=%s&schema=%s", d.User, redacted, d.Address(), d.tlsMode(), d.Schema)
+	if d.Pooler != "" {
+		s += " through the pooler " + d.Pooler
+	}
+	return s
 }
 
 // GoString returns the same as String.
@@ -294,10 +347,14 @@ func (d DataSource) GoString() string { return d.String() }
 // Format writes the same as String, whatever the verb and the flags.
 func (d DataSource) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, d.String()) }
 
-// LogValue returns address, user, schema and TLS.
+// LogValue returns address, user, schema and TLS, and the pooler where there is one.
 func (d DataSource) LogValue() slog.Value {
-	return slog.GroupValue(slog.String("address", d.Address()), slog.String("user", d.User),
-		slog.String("schema", d.Schema), slog.String("tls", d.tlsMode()))
+	attrs := []slog.Attr{slog.String("address", d.Address()), slog.String("user", d.User),
+		slog.String("schema", d.Schema), slog.String("tls", d.tlsMode())}
+	if d.Pooler != "" {
+		attrs = append(attrs, slog.String("pooler", d.Pooler))
+	}
+	return slog.GroupValue(attrs...)
 }
 
 // connConfig makes pgx's configuration from the fields alone. The caller may change it; it has no

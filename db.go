@@ -25,7 +25,7 @@ import (
 // was when the context was made. When the primary has been silent for too long the error is
 // [ErrPrimaryUnavailable], and when the tenant's own server cannot be reached
 // [ErrTenantUnavailable]; when its connections are all in use and as many calls wait as may, or one has waited for
-// [Limits].AcquireTimeout, [ErrBusy]; a connection that is not the tenant's is [ErrIdentity] or [ErrPooler];
+// [Limits].AcquireTimeout, [ErrBusy]; a connection that is not the tenant's is [ErrIdentity] or [ErrPooler] (docs/poolers.md);
 // after [Tenancy.Close] it is [ErrClosed]. Errors of a statement are those of pgx.
 //
 // Cancelling a call's ctx ends its wait for a connection, or breaks the connection that runs its
@@ -321,10 +321,16 @@ func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx 
 // does to it can reach another call. It is not guarded against another tenant's context: it works on
 // the tenant's data whatever ctx says. fn must not keep it.
 //
-// The error is that of the checkout or of fn.
+// Behind a pooler ([ServerConfig].Pooler) there is no session to be had: the error is [ErrSessionPooled] then, and fn is not run. Otherwise it
+// is that of the checkout or of fn.
 func (db *TenantAwareDB) WithConn(ctx context.Context, fn func(ctx context.Context, conn *pgx.Conn) error) error {
 	c, err := db.checkoutFor(ctx, "with conn", true)
 	if err != nil {
+		return err
+	}
+	if c.pool != nil && c.pool.want.pooled {
+		err := &Error{Op: "with conn", Tenant: c.pool.tenant.ID, Name: c.pool.tenant.Name, Err: ErrSessionPooled}
+		c.release()
 		return err
 	}
 	// Closed always, not reset and proved again: the server's state can be reset in one round trip, but a

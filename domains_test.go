@@ -241,7 +241,7 @@ func TestATenantIsFoundByItsDomain(t *testing.T) {
 func backToVersion1(tb testing.TB, admin *pgx.Conn) {
 	tb.Helper()
 	files, err := fs.Glob(primary.Migrations(), "*.sql")
-	if err != nil || len(files) != primary.Version {
+	if err != nil || len(files) == 0 || !strings.HasPrefix(files[len(files)-1], fmt.Sprintf("%05d_", primary.Version)) {
 		tb.Fatalf("the migrations are %q, %v", files, err)
 	}
 	for _, file := range slices.Backward(files[1:]) {
@@ -255,7 +255,7 @@ func backToVersion1(tb testing.TB, admin *pgx.Conn) {
 		}
 	}
 	must(tb, admin, `DELETE FROM tenancy.goose_db_version WHERE version_id > 1`)
-	for _, column := range []string{"domains.is_primary", "nodes.address", "data_sources.old_login", "data_sources.leaving"} {
+	for _, column := range []string{"domains.is_primary", "nodes.address", "data_sources.old_login", "data_sources.leaving", "servers.pooler"} {
 		table, name, _ := strings.Cut(column, ".")
 		if n := scan[int](tb, admin, `SELECT count(*) FROM information_schema.columns WHERE table_schema = 'tenancy' AND table_name = $1 AND column_name = $2`, table, name); n != 0 {
 			tb.Fatalf("%s is still there", column)

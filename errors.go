@@ -57,8 +57,10 @@ var (
 	ErrNoHostData = errors.New("tenancy: no host data is configured")
 	// ErrIdentity: a connection did not prove to be the tenant's own.
 	ErrIdentity = errors.New("tenancy: connection is not the tenant's")
-	// ErrPooler: an undeclared connection pooler stands between us and PostgreSQL.
+	// ErrPooler: a connection pooler that was not declared (ServerConfig.Pooler) stands between us and PostgreSQL.
 	ErrPooler = errors.New("tenancy: undeclared connection pooler")
+	// ErrSessionPooled: WithConn was called for a tenant whose calls go through a pooler, where a connection is no session.
+	ErrSessionPooled = errors.New("tenancy: the tenant's calls go through a pooler, which gives nobody a session of its own")
 	// ErrUserLimit: the tenant's MaxUsers is reached.
 	ErrUserLimit = errors.New("tenancy: the tenant's user limit is reached")
 	// ErrInvalid: a value from outside was refused; the text names the field and the rule.

@@ -21,6 +21,7 @@ type identity struct {
 	realm    string
 	uid      string
 	question string // the statements that ask for it
+	pooled   bool   // through a pooler, which is asked in another way
 }
 
 // identity is what a connection to the data source has to say when it is the tenant's.
@@ -32,6 +33,7 @@ func (tn *Tenancy) identity(tenant UID, source DataSource) identity {
 		realm:    UID(tn.realm.Value()).String(),
 		uid:      tenant.String(),
 		question: question(source.Schema, tn.cfg.Extensions || tn.cfg.ReferenceTables),
+		pooled:   source.Pooler != "",
 	}
 }
 
@@ -46,7 +48,11 @@ func question(schema string, shared bool) string {
 		schemas = ", pg_catalog.current_schemas(false)"
 	}
 	return "SHOW search_path; SELECT current_catalog, pg_catalog.pg_backend_pid(), current_user" + schemas + "; " +
-		"SELECT realm, tenant FROM " + ident.Quote(schema, markerTable) + " LIMIT 2"
+		markerQuestion(schema)
+}
+
+func markerQuestion(schema string) string {
+	return "SELECT realm, tenant FROM " + ident.Quote(schema, markerTable) + " LIMIT 2"
 }
 
 func schemasOf(schema string, extensions, reference bool) []string {
@@ -72,56 +78,74 @@ func searchPath(schema string, extensions, reference bool) string {
 
 // proveLogin connects once as the place's login, on the same terms as a pool.
 func (tn *Tenancy) proveLogin(ctx context.Context, p *place) error {
-	cc, err := p.source.connConfig()
+	source, err := p.source.viaPooler()
+	if err != nil {
+		return err
+	}
+	cc, err := source.connConfig()
 	if err != nil {
 		return err
 	}
 	cc.ConnectTimeout = tn.cfg.Limits.ConnectTimeout
-	tn.pins(cc, p.source.Schema).set(cc)
+	tn.pins(cc, source).set(cc)
 	tn.servers.single(cc)
 	conn, err := pgx.ConnectConfig(ctx, cc)
 	if err != nil {
-		return withoutSecrets(err)
+		return connectError(err)
 	}
 	defer closeConn(conn)
-	one := tenantPool{tenant: p.tenant, limits: tn.cfg.Limits, want: tn.identity(p.tenant.UID, p.source)}
+	one := tenantPool{tenant: p.tenant, limits: tn.cfg.Limits, want: tn.identity(p.tenant.UID, source)}
 	return one.proveWithin(ctx, conn)
 }
 
-// prove asks conn who it is, in one round trip, and marks it when every answer is the expected one.
+// prove asks conn who it is and marks it when every answer is the expected one.
 // Otherwise the error is [ErrIdentity] or [ErrPooler] with what differed, or that of the connection.
 // The caller closes conn then.
 func (p *tenantPool) prove(ctx context.Context, conn *pgx.Conn) error {
 	pg := conn.PgConn()
 	established(pg)
+	ask := p.want.proveDirect
+	if p.want.pooled {
+		ask = p.want.provePooled
+	}
+	if err := ask(ctx, pg); err != nil {
+		return err
+	}
+	pg.CustomData()[markKey] = &proof{pool: p, conn: budget.Of(pg.Conn())}
+	return nil
+}
+
+// proveDirect asks in one round trip.
+func (w *identity) proveDirect(ctx context.Context, pg *pgconn.PgConn) error {
 	// First what the server said at login, for free: no statement is sent as a superuser, for whom
 	// a marker that the tenant has turned into a view would be a trap.
-	if err := p.want.login(pg.ParameterStatus("session_authorization"), pg.ParameterStatus("is_superuser")); err != nil {
+	if err := w.login(pg.ParameterStatus("session_authorization"), pg.ParameterStatus("is_superuser")); err != nil {
 		return err
 	}
 	if pg.ParameterStatus("in_hot_standby") == "on" {
 		return errStandby
 	}
-	results, err := pg.Exec(ctx, p.want.question).ReadAll()
+	results, err := pg.Exec(ctx, w.question).ReadAll()
 	if len(results) > 1 && results[1].Err == nil {
-		if err := p.want.session(pg.PID(), results[0].Rows, results[1].Rows); err != nil {
+		if err := w.session(pg.PID(), results[0].Rows, results[1].Rows); err != nil {
 			return err
 		}
 	}
-	if refused, ok := errors.AsType[*pgconn.PgError](err); ok && notTheTenants(refused) {
-		return fmt.Errorf("%w: its marker row cannot be read: %w", ErrIdentity, refused)
-	}
 	if err != nil {
-		return &connectFailure{text: "asking a connection for its identity: " + withoutSecrets(err).Error(), cause: err}
+		return unanswered(err)
 	}
 	if len(results) != 3 {
 		return hinted(ErrIdentity, "it gave %d answers to three questions", len(results))
 	}
-	if err := p.want.marker(results[2].Rows); err != nil {
-		return err
+	return w.marker(results[2].Rows)
+}
+
+// unanswered is the failure of a question: the connection's, or the server's refusal to read the marker.
+func unanswered(err error) error {
+	if refused, ok := errors.AsType[*pgconn.PgError](err); ok && notTheTenants(refused) {
+		return fmt.Errorf("%w: its marker row cannot be read: %w", ErrIdentity, refused)
 	}
-	pg.CustomData()[markKey] = &proof{pool: p, conn: budget.Of(pg.Conn())}
-	return nil
+	return &connectFailure{text: "asking a connection for its identity: " + withoutSecrets(err).Error(), cause: err}
 }
 
 // established says that the connection's further dials are those of cancel requests.
@@ -167,7 +191,7 @@ func (w *identity) session(pid uint32, path, rows [][][]byte) error {
 	database, backend, user := string(rows[0][0]), string(rows[0][1]), string(rows[0][2])
 	switch {
 	case backend != strconv.FormatUint(uint64(pid), 10):
-		return hinted(ErrPooler, "we dialled backend %d and are answered by %s: connect to PostgreSQL directly", pid, backend)
+		return hinted(ErrPooler, "we dialled backend %d and are answered by %s: connect to PostgreSQL directly, or "+declarePooler, pid, backend)
 	case user != w.user:
 		return hinted(ErrIdentity, "current user %q, not %q", user, w.user)
 	case database != w.database:

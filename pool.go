@@ -100,9 +100,13 @@ func (m *poolMaker) build(ctx context.Context, id ID, generation int64) (*tenant
 	if err != nil {
 		return nil, err
 	}
-	p := &tenantPool{tenant: r.tenant, limits: m.tn.cfg.Limits, want: m.tn.identity(r.tenant.UID, r.source),
-		server: m.tn.servers.of(r.source.Host, r.source.Port), breaker: newBreaker(m.tn.cfg.Logger, r.tenant)}
-	cfg, err := m.tn.poolConfig(ctx, p, r.source)
+	source, err := r.source.viaPooler()
+	if err != nil {
+		return nil, err
+	}
+	p := &tenantPool{tenant: r.tenant, limits: m.tn.cfg.Limits, want: m.tn.identity(r.tenant.UID, source),
+		server: m.tn.servers.of(source.Host, source.Port), breaker: newBreaker(m.tn.cfg.Logger, r.tenant)}
+	cfg, err := m.tn.poolConfig(ctx, p, source)
 	if err != nil {
 		return nil, withoutSecrets(err)
 	}
@@ -183,10 +187,12 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 		return nil, err
 	}
 	conn.ConnectTimeout = c.Limits.ConnectTimeout
-	if c.Limits.StatementTimeout > 0 {
+	if source.Pooler != "" {
+		conn.DefaultQueryExecMode = pgx.QueryExecModeExec // the next transaction is another session's, which has not prepared anything
+	} else if c.Limits.StatementTimeout > 0 {
 		conn.RuntimeParams["statement_timeout"] = strconv.FormatInt(c.Limits.StatementTimeout.Milliseconds(), 10)
 	}
-	pins := tn.pins(conn, source.Schema)
+	pins := tn.pins(conn, source)
 	pins.set(conn)
 
 	if c.PoolConfig != nil {
@@ -321,16 +327,19 @@ func (p *tenantPool) guardErrors(cc *pgx.ConnConfig) {
 // pins are the settings that tie a connection to its tenant.
 type pins struct {
 	conn       *pgx.ConnConfig // never handed out
-	searchPath string
+	searchPath string          // "": through a pooler, where it is the login's own setting
 }
 
 // pins keeps its own copy of conn.
-func (tn *Tenancy) pins(conn *pgx.ConnConfig, schema string) pins {
+func (tn *Tenancy) pins(conn *pgx.ConnConfig, source DataSource) pins {
 	own := conn.Copy()
 	if own.TLSConfig != nil {
 		own.TLSConfig = own.TLSConfig.Clone()
 	}
-	return pins{conn: own, searchPath: searchPath(schema, tn.cfg.Extensions, tn.cfg.ReferenceTables)}
+	if source.Pooler != "" {
+		return pins{conn: own}
+	}
+	return pins{conn: own, searchPath: searchPath(source.Schema, tn.cfg.Extensions, tn.cfg.ReferenceTables)}
 }
 
 // unpinning are startup parameters that would change who a connection is or where it looks. The
@@ -358,6 +367,8 @@ func (p pins) set(cc *pgx.ConnConfig) {
 	maps.DeleteFunc(params, func(name, _ string) bool {
 		return slices.ContainsFunc(unpinning, func(u string) bool { return strings.EqualFold(u, name) })
 	})
-	params["search_path"] = p.searchPath
+	if p.searchPath != "" {
+		params["search_path"] = p.searchPath
+	}
 	cc.RuntimeParams = params
 }

@@ -238,10 +238,13 @@ type sealedSource struct {
 	User     string `json:"user"`
 	Password string `json:"password"`
 	TLS      string `json:"tls"`
+	// A release that does not know these two goes past the pooler, which works: it sends its search_path itself.
+	Pooler    string `json:"pooler,omitempty"`
+	PoolerTLS string `json:"pooler_tls,omitempty"`
 }
 
 func (p *primaryDB) sealSource(uid UID, column string, d DataSource) ([]byte, error) {
-	plain, err := json.Marshal(sealedSource{d.Host, d.Port, d.Database, d.Schema, d.User, d.Password.Reveal(), d.TLS})
+	plain, err := json.Marshal(sealedSource{d.Host, d.Port, d.Database, d.Schema, d.User, d.Password.Reveal(), d.TLS, d.Pooler, d.PoolerTLS})
 	if err != nil {
 		return nil, err
 	}
@@ -257,7 +260,7 @@ func (p *primaryDB) openSource(uid UID, column string, sealed []byte) (DataSourc
 	if err := json.Unmarshal(plain, &s); err != nil {
 		return DataSource{}, fmt.Errorf("%w: the record is not one of ours", ErrWrongKey)
 	}
-	return DataSource{s.Host, s.Port, s.Database, s.Schema, s.User, Secret(s.Password), s.TLS}, nil
+	return DataSource{s.Host, s.Port, s.Database, s.Schema, s.User, Secret(s.Password), s.TLS, s.Pooler, s.PoolerTLS}, nil
 }
 
 const tenantColumns = `t.id, t.uid, t.name, t.display_name, t.state, t.isolation, t.generation`

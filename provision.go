@@ -32,6 +32,9 @@ type place struct {
 	nextSealed []byte
 	next       DataSource // that nextSealed holds; read by intendLogin
 	oldLogin   string     // that nextLogin came after, until it is dropped; "": none
+	oldPooled  bool       // it went through a pooler; false also where a crash has forgotten that
+
+	pooler, poolerTLS string // that the server is registered with now; source has its own
 
 	servers        *servers // by whose budgets it is connected to
 	provisioner    DataSource
@@ -58,10 +61,10 @@ func (c *Catalog) readPlace(ctx context.Context, where string, arg any) (*place,
 	var sealed, provisioner []byte
 	db := c.tn.primary
 	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.version, d.server, d.owner, d.runtime, d.sealed,
-		d.next_login, d.next_sealed, d.old_login, t.fenced IS NOT NULL, s.provisioner
+		d.next_login, d.next_sealed, d.old_login, t.fenced IS NOT NULL, s.pooler, s.pooler_tls, s.provisioner
 		FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
 		WHERE `+where, arg), &p.id, &p.state, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
-		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.fenced, &provisioner)
+		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, ErrTenantNotFound
 	}
@@ -118,7 +121,7 @@ func connectProvisioner(ctx context.Context, servers *servers, d DataSource) (*p
 	servers.single(cc)
 	conn, err := pgx.ConnectConfig(ctx, cc)
 	if err != nil {
-		return nil, fmt.Errorf("provisioner at %s: %w", d.Address(), withoutSecrets(err))
+		return nil, fmt.Errorf("provisioner at %s: %w", d.Address(), connectError(err))
 	}
 	return conn, nil
 }
@@ -174,9 +177,30 @@ func (tn *Tenancy) makeLogin(ctx context.Context, conn *pgx.Conn, p *place, d Da
 	if err := makeRole(ctx, conn, d.User, tn.mayLogin()+" PASSWORD "+ident.Literal(verifier)); err != nil {
 		return err
 	}
-	return execAll(ctx, conn, "provision", []string{
+	err = execAll(ctx, conn, "provision", []string{
 		"GRANT " + ident.Quote(p.runtime) + " TO " + ident.Quote(d.User),
 		"GRANT " + ident.Quote(tenantsRole(d.Database)) + " TO " + ident.Quote(d.User),
+	})
+	if err != nil {
+		return err
+	}
+	return tn.setLogin(ctx, conn, d)
+}
+
+// setLogin gives a login that goes through a pooler the settings that a direct one sends when it connects. Whether it has them is asked of a
+// session, in its proof.
+func (tn *Tenancy) setLogin(ctx context.Context, conn *pgx.Conn, d DataSource) error {
+	if d.Pooler == "" {
+		return nil
+	}
+	alter := "ALTER ROLE " + ident.Quote(d.User) + " IN DATABASE " + ident.Quote(d.Database)
+	timeout := " RESET statement_timeout"
+	if t := tn.cfg.Limits.StatementTimeout; t > 0 {
+		timeout = " SET statement_timeout = " + strconv.FormatInt(t.Milliseconds(), 10)
+	}
+	return execAll(ctx, conn, "provision", []string{
+		alter + " SET search_path = " + searchPath(d.Schema, tn.cfg.Extensions, tn.cfg.ReferenceTables),
+		alter + timeout,
 	})
 }
 
@@ -430,7 +454,17 @@ const (
 	// anySession is for a login that a node leaves for another one: its sessions end by themselves when its pool is closed, after the
 	// last call. One that looks idle can be a call's that has sent nothing yet.
 	anySession inUse = "true"
+	// lately is anySession where a pooler keeps sessions that nobody uses any more: those that were in use within the last second.
+	lately inUse = "(state <> 'idle' OR state_change > clock_timestamp() - interval '1 second')"
 )
+
+// leaving returns which sessions to wait for when nodes leave a login for another one.
+func leaving(pooled bool) inUse {
+	if pooled {
+		return lately
+	}
+	return anySession
+}
 
 // fence makes the server refuse the tenant, whatever any node believes: its logins may not log in, what
 // they are at has the drain's time to finish, and then their sessions end. A node that is paused or cut off is not asked.

@@ -93,3 +93,9 @@ func (m Machine) Find(ctx context.Context, mayDownload bool) (dir, version strin
 
 // PortTaken tells whether err is worth another port.
 func PortTaken(err error) bool { return errors.Is(err, errPortTaken) }
+
+// PID is the process id.
+func (b *Bouncer) PID() int { return b.proc.cmd.Process.Pid }
+
+// Folder is where its files are.
+func (b *Bouncer) Folder() string { return b.dir }

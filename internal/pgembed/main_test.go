@@ -35,6 +35,16 @@ func TestMain(m *testing.M) {
 }
 
 func parent(mode string) int {
+	if mode == "bouncer" {
+		b, err := pgembed.StartBouncer(context.Background(), "[databases]\n[pgbouncer]\nauth_type = trust\n", "")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		fmt.Println(b.PID(), 0, 0, b.Folder())
+		io.Copy(io.Discard, os.Stdin)
+		return 3
+	}
 	s, err := pgembed.Start(context.Background(), pgembed.Options{})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -94,7 +104,9 @@ func startParent(t *testing.T, mode string) (*exec.Cmd, offspring) {
 	if _, err := fmt.Sscan(line, &o.server, &o.watchdog, &o.child, &o.folder); err != nil {
 		t.Fatalf("%q: %v", line, err)
 	}
-	t.Cleanup(func() { syscall.Kill(o.child, syscall.SIGKILL) })
+	if o.child != 0 {
+		t.Cleanup(func() { syscall.Kill(o.child, syscall.SIGKILL) })
+	}
 	return cmd, o
 }
 

@@ -22,3 +22,20 @@ func (*cluster) readLog() (string, error)            { return "", ErrExternal }
 func (*cluster) kill() error                         { return ErrExternal }
 func (*cluster) restart(context.Context, bool) error { return ErrExternal }
 func (*cluster) stop() error                         { return ErrExternal }
+
+// Bouncer never exists here.
+type Bouncer struct{}
+
+// StartBouncer refuses.
+func StartBouncer(context.Context, string, string) (*Bouncer, error) {
+	return nil, fmt.Errorf("PgBouncer is run on Linux and macOS, not on %s", runtime.GOOS)
+}
+
+// Port is 0.
+func (*Bouncer) Port() int { return 0 }
+
+// Log returns [ErrExternal].
+func (*Bouncer) Log() (string, error) { return "", ErrExternal }
+
+// Stop does nothing.
+func (*Bouncer) Stop() error { return nil }
