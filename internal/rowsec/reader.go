@@ -9,7 +9,7 @@ import (
 )
 
 // Reader lets role read the rows of all tenants, of the tables that are protected now and later, and write none. Nobody is one until this is
-// called. It is the host's: tenants stay behind the wall even when they are made members of it.
+// called. It is the host's alone.
 //
 // The error is [ErrUnsafe] for a role that has rights of the server's, or can act as the owner or as a tenant; that of a name
 // that [ident.Schema] refuses; or the server's.
@@ -33,7 +33,9 @@ func (s Shared) Reader(ctx context.Context, conn *pgx.Conn, role string) error {
 		if _, err := tx.Exec(ctx, `INSERT INTO `+s.table("tenancy_readers")+` VALUES ($1) ON CONFLICT DO NOTHING`, role); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, "GRANT USAGE ON SCHEMA "+ident.Quote(s.Schema)+" TO "+ident.Quote(role)); err != nil {
+		reader := ident.Quote(role)
+		// The condition is part of the reader's plans too, although it does not decide there.
+		if _, err := tx.Exec(ctx, "GRANT USAGE ON SCHEMA "+ident.Quote(s.Schema)+" TO "+reader+"; GRANT EXECUTE ON FUNCTION "+s.table("tenancy_tenant")+" TO "+reader); err != nil {
 			return err
 		}
 		return s.readers(ctx, tx)
@@ -54,7 +56,8 @@ func (s Shared) NoReader(ctx context.Context, conn *pgx.Conn, role string) error
 			return err
 		}
 		schema, reader := ident.Quote(s.Schema), ident.Quote(role)
-		if _, err := tx.Exec(ctx, "REVOKE ALL ON ALL TABLES IN SCHEMA "+schema+" FROM "+reader+"; REVOKE ALL ON SCHEMA "+schema+" FROM "+reader); err != nil {
+		if _, err := tx.Exec(ctx, "REVOKE ALL ON ALL TABLES IN SCHEMA "+schema+" FROM "+reader+"; REVOKE ALL ON SCHEMA "+schema+" FROM "+reader+
+			"; REVOKE ALL ON FUNCTION "+s.table("tenancy_tenant")+" FROM "+reader); err != nil {
 			return err
 		}
 		return s.readers(ctx, tx)
@@ -72,7 +75,7 @@ func (s Shared) readers(ctx context.Context, tx pgx.Tx) error {
 		return err
 	}
 	for _, t := range tables {
-		if _, err := tx.Exec(ctx, `SELECT `+s.table("tenancy_read")+`($1::regclass)`, s.table(t.Name)); err != nil {
+		if _, err := tx.Exec(ctx, `SELECT `+s.table("tenancy_read")+`($1::regclass, $2)`, s.table(t.Name), t.Host); err != nil {
 			return err
 		}
 	}

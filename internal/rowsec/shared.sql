@@ -134,14 +134,35 @@ BEGIN
 END
 $tenancy$;
 
--- tenancy_read gives the readers their policy on a protected table, or takes it away when there is none.
-CREATE OR REPLACE FUNCTION @schema@.tenancy_read(relation regclass) RETURNS void
+-- tenancy_read builds the wall of a protected table, with its opening for the readers when there are any.
+--
+-- The condition is restrictive, so that no further policy of the service's widens what a tenant sees. It is the permissive policy's too: that
+-- one is what an index is found by when the restrictive one has an OR for the readers, and else the server drops the second of two equal conditions.
+--
+-- All of them are TO PUBLIC: the name of the group in a policy is gone after DROP OWNED BY group, which each of its members may do.
+CREATE OR REPLACE FUNCTION @schema@.tenancy_read(relation regclass, host boolean) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET client_min_messages = warning AS $tenancy$
 DECLARE
     readers text;
+    names text;
+    mine text := 'tenant_id = (SELECT @schema@.tenancy_tenant())';
+    seen text := mine;
+    written text := mine;
+    policy text;
 BEGIN
-    EXECUTE format('DROP POLICY IF EXISTS tenancy_reader ON %s', relation);
-    SELECT string_agg(quote_ident(role), ', ') INTO readers FROM @schema@.tenancy_readers;
+    IF host THEN
+        seen := mine || ' OR tenant_id IS NULL';
+        written := mine || ' OR tenant_id IS NULL AND (SELECT @schema@.tenancy_hosting())';
+    END IF;
+    SELECT string_agg(quote_ident(role), ', '), string_agg(quote_literal(role), ', ') INTO readers, names FROM @schema@.tenancy_readers;
+    FOREACH policy IN ARRAY '{tenancy_open,tenancy_wall,tenancy_wall_insert,tenancy_wall_update,tenancy_wall_delete,tenancy_reader}'::text[] LOOP
+        EXECUTE format('DROP POLICY IF EXISTS %I ON %s', policy, relation);
+    END LOOP;
+    EXECUTE format('CREATE POLICY tenancy_open ON %s USING (%s) WITH CHECK (true)', relation, seen);
+    EXECUTE format('CREATE POLICY tenancy_wall ON %s AS RESTRICTIVE FOR SELECT USING (%s)', relation, seen || coalesce(' OR current_user IN (' || names || ')', ''));
+    EXECUTE format('CREATE POLICY tenancy_wall_insert ON %s AS RESTRICTIVE FOR INSERT WITH CHECK (%s)', relation, written);
+    EXECUTE format('CREATE POLICY tenancy_wall_update ON %s AS RESTRICTIVE FOR UPDATE USING (%s) WITH CHECK (%2$s)', relation, written);
+    EXECUTE format('CREATE POLICY tenancy_wall_delete ON %s AS RESTRICTIVE FOR DELETE USING (%s)', relation, written);
     IF readers IS NOT NULL THEN
         EXECUTE format('CREATE POLICY tenancy_reader ON %s FOR SELECT TO %s USING (true)', relation, readers);
         EXECUTE format('GRANT SELECT ON %s TO %s', relation, readers);
@@ -149,8 +170,7 @@ BEGIN
 END
 $tenancy$;
 
--- tenancy_protect is both forms. The condition is a restrictive policy and the permissive one says yes to all, so that no further policy
--- of the service's can widen what a tenant sees, not even that of a reader, should a tenant's login be made one.
+-- tenancy_protect is both forms.
 --
 -- What a tenant may do is granted here and by no default privilege: a table that nobody protects is closed, and so is a partition, also
 -- one attached later, but by way of its table. Row-level security without a policy closes partitions to the owner as well.
@@ -159,12 +179,8 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET client_min_messages =
 DECLARE
     c record;
     part regclass;
-    mine text := 'tenant_id = (SELECT @schema@.tenancy_tenant())';
-    written text := 'tenant_id = (SELECT @schema@.tenancy_tenant()) OR tenant_id IS NULL AND (SELECT @schema@.tenancy_hosting())';
-    roles text;
 BEGIN
     PERFORM @schema@.tenancy_own(relation, '{r,p}');
-    roles := format('@runtime@, %I', (SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = relation));
 
     SELECT a.atttypid, a.attgenerated, a.attidentity INTO c FROM pg_attribute a WHERE a.attrelid = relation AND a.attname = 'tenant_id' AND NOT a.attisdropped;
     IF NOT FOUND THEN
@@ -188,24 +204,10 @@ BEGIN
         EXECUTE format('CREATE INDEX ON %s (tenant_id)', relation);
     END IF;
 
-    EXECUTE format('DROP POLICY IF EXISTS tenancy_open ON %s', relation);
-    EXECUTE format('CREATE POLICY tenancy_open ON %s TO %s USING (true) WITH CHECK (true)', relation, roles);
-    EXECUTE format('DROP POLICY IF EXISTS tenancy_wall ON %s', relation);
-    EXECUTE format('DROP POLICY IF EXISTS tenancy_wall_insert ON %s', relation);
-    EXECUTE format('DROP POLICY IF EXISTS tenancy_wall_update ON %s', relation);
-    EXECUTE format('DROP POLICY IF EXISTS tenancy_wall_delete ON %s', relation);
-    IF host THEN
-        EXECUTE format('CREATE POLICY tenancy_wall ON %s AS RESTRICTIVE FOR SELECT TO %s USING (%s OR tenant_id IS NULL)', relation, roles, mine);
-        EXECUTE format('CREATE POLICY tenancy_wall_insert ON %s AS RESTRICTIVE FOR INSERT TO %s WITH CHECK (%s)', relation, roles, written);
-        EXECUTE format('CREATE POLICY tenancy_wall_update ON %s AS RESTRICTIVE FOR UPDATE TO %s USING (%s) WITH CHECK (%3$s)', relation, roles, written);
-        EXECUTE format('CREATE POLICY tenancy_wall_delete ON %s AS RESTRICTIVE FOR DELETE TO %s USING (%s)', relation, roles, written);
-    ELSE
-        EXECUTE format('CREATE POLICY tenancy_wall ON %s AS RESTRICTIVE TO %s USING (%s) WITH CHECK (%3$s)', relation, roles, mine);
-    END IF;
+    PERFORM @schema@.tenancy_read(relation, host);
     EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY', relation);
     EXECUTE format('REVOKE ALL ON %s FROM PUBLIC, @runtime@', relation);
     EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO @runtime@', relation);
-    PERFORM @schema@.tenancy_read(relation);
 
     FOR part IN
         WITH RECURSIVE below AS (
@@ -274,7 +276,7 @@ $tenancy$;
 
 REVOKE ALL ON @schema@.tenancy_roster, @schema@.tenancy_map, @schema@.tenancy_readers, @schema@.tenancy_receipts, @schema@.tenancy_marker FROM PUBLIC, @runtime@;
 REVOKE ALL ON FUNCTION @schema@.tenancy_tenant(name), @schema@.tenancy_hosting(name), @schema@.tenancy_tenants(), @schema@.tenancy_enter(bigint),
-    @schema@.tenancy_enter_host(), @schema@.tenancy_own(regclass, "char"[]), @schema@.tenancy_read(regclass), @schema@.tenancy_protect(regclass, boolean),
+    @schema@.tenancy_enter_host(), @schema@.tenancy_own(regclass, "char"[]), @schema@.tenancy_read(regclass, boolean), @schema@.tenancy_protect(regclass, boolean),
     @schema@.tenancy_must(regclass), @schema@.tenancy_may(regclass), @schema@.tenancy_common(regclass), @schema@.tenancy_view(regclass) FROM PUBLIC, @runtime@;
 REVOKE ALL ON SCHEMA @schema@ FROM PUBLIC, @runtime@;
 GRANT USAGE ON SCHEMA @schema@ TO @runtime@;

@@ -39,7 +39,7 @@ const protected = `SELECT p.polrelid FROM pg_catalog.pg_policy p JOIN pg_catalog
 func (s Shared) tables(ctx context.Context, q querier) ([]Table, error) {
 	rows, _ := q.Query(ctx, `WITH protected AS (`+protected+`), own AS (
 			SELECT a.attrelid, a.attnum FROM pg_catalog.pg_attribute a WHERE a.attname = 'tenant_id' AND NOT a.attisdropped)
-		SELECT c.relname::text, EXISTS (SELECT FROM pg_catalog.pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'tenancy_wall_insert'),
+		SELECT c.relname::text, EXISTS (SELECT FROM pg_catalog.pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'tenancy_wall' AND pg_catalog.pg_get_expr(p.polqual, c.oid) LIKE '%tenant_id IS NULL%'),
 			ARRAY(SELECT x.relname::text FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class x ON x.oid = i.indexrelid
 				WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion) AND own.attnum <> ALL (i.indkey::int2[]) ORDER BY 1),
 			ARRAY(SELECT k.conname::text FROM pg_catalog.pg_constraint k JOIN own other ON other.attrelid = k.confrelid
