@@ -3,6 +3,7 @@ WITH relation AS (
     SELECT c.oid, c.relname, c.relkind, c.relrowsecurity AND c.relforcerowsecurity AS forced, c.relname LIKE 'tenancy\_%' AS ours, c.reloptions,
         EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'tenant_id' AND NOT a.attisdropped) AS has_tenant,
         EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'tenancy_wall') AS walled,
+        EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'tenancy_common') AS common,
         (SELECT count(*) FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname LIKE 'tenancy\_wall%' AND NOT p.polpermissive
             AND p.polroles = '{0}'
             AND concat(pg_get_expr(p.polqual, p.polrelid), pg_get_expr(p.polwithcheck, p.polrelid)) LIKE '%tenancy_tenant(%') AS walls,
@@ -10,13 +11,17 @@ WITH relation AS (
         has_any_column_privilege($3, c.oid, 'INSERT, UPDATE') OR has_table_privilege($3, c.oid, 'DELETE') AS writes,
         has_table_privilege($3, c.oid, 'TRUNCATE, TRIGGER') OR has_any_column_privilege($3, c.oid, 'REFERENCES') AS more
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+), reader AS (
+    SELECT r.* FROM pg_roles r WHERE EXISTS (SELECT FROM pg_policy p JOIN relation ON relation.oid = p.polrelid WHERE p.polname = 'tenancy_reader' AND r.oid = ANY (p.polroles))
 )
 SELECT hole FROM (
     SELECT format('role %s is a superuser or bypasses row-level security', rolname) FROM pg_roles WHERE rolname IN ($2, $3) AND (rolsuper OR rolbypassrls)
     UNION ALL
-    SELECT format('role %s bypasses row-level security and has access as a reader', r.rolname) FROM pg_roles r
-        WHERE (r.rolsuper OR r.rolbypassrls) AND EXISTS (SELECT FROM pg_policy p JOIN pg_class c ON c.oid = p.polrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-            WHERE n.nspname = $1 AND p.polname = 'tenancy_reader' AND r.oid = ANY (p.polroles))
+    SELECT DISTINCT format('%s reads the rows of all tenants, and more than reads them', r.rolname) FROM reader r
+        WHERE r.rolsuper OR r.rolbypassrls OR pg_has_role(r.oid, $2, 'MEMBER')
+    UNION ALL
+    SELECT DISTINCT format('%s is a tenants'' role and may read as %s', t.rolname, r.rolname) FROM reader r JOIN pg_roles t
+        ON pg_has_role(t.oid, r.oid, 'MEMBER') AND pg_has_role(t.oid, $3, 'MEMBER') AND NOT pg_has_role(t.oid, $2, 'MEMBER')
     UNION ALL
     SELECT 'tenants may create in the schema' WHERE has_schema_privilege($3, $1, 'CREATE')
     UNION ALL
@@ -28,8 +33,8 @@ SELECT hole FROM (
     UNION ALL
     SELECT format('tenants may write %s, which has no wall', relname) FROM relation WHERE NOT walled AND NOT ours AND writes AND relkind <> 'v'
     UNION ALL
-    SELECT format('tenants may read %s, which has a tenant_id and no wall', relname) FROM relation
-        WHERE NOT walled AND NOT ours AND reads AND NOT writes AND has_tenant AND relkind <> 'v'
+    SELECT format('tenants may read %s, which has no wall', relname) FROM relation
+        WHERE NOT walled AND NOT ours AND reads AND NOT writes AND (has_tenant OR NOT common) AND relkind <> 'v'
     UNION ALL
     SELECT format('view %s asks with its owner''s rights', relname) FROM relation
         WHERE relkind = 'v' AND NOT ours AND (reads OR writes) AND current_setting('server_version_num')::int >= 150000

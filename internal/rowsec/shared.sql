@@ -238,9 +238,9 @@ BEGIN
 END
 $tenancy$;
 
--- tenancy_common lets all tenants read a table that has no rows of tenants.
+-- tenancy_common lets all tenants read a table that has no rows of tenants. The policy says yes to all, and that somebody meant it.
 CREATE OR REPLACE FUNCTION @schema@.tenancy_common(relation regclass) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $tenancy$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET client_min_messages = warning AS $tenancy$
 BEGIN
     PERFORM @schema@.tenancy_own(relation, '{r,p}');
     IF EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = relation AND a.attname = 'tenant_id' AND NOT a.attisdropped) THEN
@@ -248,6 +248,9 @@ BEGIN
     END IF;
     EXECUTE format('REVOKE ALL ON %s FROM PUBLIC, @runtime@', relation);
     EXECUTE format('GRANT SELECT ON %s TO @runtime@', relation);
+    EXECUTE format('DROP POLICY IF EXISTS tenancy_common ON %s', relation);
+    EXECUTE format('CREATE POLICY tenancy_common ON %s USING (true)', relation);
+    EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', relation);
 END
 $tenancy$;
 
