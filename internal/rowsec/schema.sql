@@ -8,11 +8,11 @@ LANGUAGE sql STABLE PARALLEL SAFE AS $tenancy$ SELECT @id@::bigint $tenancy$;
 CREATE OR REPLACE FUNCTION @schema@.tenancy_tenants() RETURNS SETOF bigint
 LANGUAGE sql STABLE AS $tenancy$ SELECT @id@::bigint $tenancy$;
 
-CREATE OR REPLACE FUNCTION @schema@.tenancy_enter(tenant bigint) RETURNS void
+CREATE OR REPLACE FUNCTION @schema@.tenancy_enter(whose bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $tenancy$
 BEGIN
-    IF tenant IS DISTINCT FROM @id@ THEN
-        RAISE EXCEPTION 'schema % has no tenant %', @name@, coalesce(tenant::text, 'NULL') USING ERRCODE = 'invalid_parameter_value';
+    IF whose IS DISTINCT FROM @id@ THEN
+        RAISE EXCEPTION 'schema % has no tenant %', @name@, coalesce(whose::text, 'NULL') USING ERRCODE = 'invalid_parameter_value';
     END IF;
 END
 $tenancy$;

@@ -77,13 +77,13 @@ $tenancy$;
 
 -- tenancy_enter makes the owner's transaction the tenant's, until its end or the next call: it sees and writes that one's rows.
 -- A login of a tenant has no right to call it, and setting what it sets has no effect there.
-CREATE OR REPLACE FUNCTION @schema@.tenancy_enter(tenant bigint) RETURNS void
+CREATE OR REPLACE FUNCTION @schema@.tenancy_enter(whose bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $tenancy$
 BEGIN
-    IF NOT EXISTS (SELECT FROM @schema@.tenancy_roster r WHERE r.id = tenant) THEN
-        RAISE EXCEPTION 'schema % has no tenant %', @name@, coalesce(tenant::text, 'NULL') USING ERRCODE = 'invalid_parameter_value';
+    IF NOT EXISTS (SELECT FROM @schema@.tenancy_roster r WHERE r.id = whose) THEN
+        RAISE EXCEPTION 'schema % has no tenant %', @name@, coalesce(whose::text, 'NULL') USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    PERFORM set_config('tenancy.entered', tenant::text, true);
+    PERFORM set_config('tenancy.entered', whose::text, true);
 END
 $tenancy$;
 
