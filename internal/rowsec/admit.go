@@ -60,8 +60,8 @@ func (s Shared) judge(ctx context.Context, tx pgx.Tx, login string) error {
 			WHEN rolsuper OR rolbypassrls OR rolcreaterole OR rolcreatedb OR rolreplication THEN 'it has rights of the server''s'
 			WHEN rolname IN ($2, $3) THEN 'it is the owner or the group itself'
 			WHEN NOT pg_has_role(oid, $3, 'USAGE') OR NOT has_schema_privilege(oid, $4, 'USAGE') THEN 'it has not the rights of the group'
-			WHEN has_schema_privilege(oid, $4, 'CREATE') THEN 'it may create in the schema'
 			WHEN EXISTS (SELECT FROM of WHERE pg_get_userbyid(roleid) = $2) THEN 'it may become the owner'
+			WHEN has_schema_privilege(oid, $4, 'CREATE') THEN 'it may create in the schema'
 			WHEN EXISTS (SELECT FROM of JOIN `+s.table("tenancy_readers")+` x ON x.role = pg_get_userbyid(roleid))
 				OR EXISTS (SELECT FROM `+s.table("tenancy_readers")+` WHERE role = rolname) THEN 'it may become a reader of all rows'
 			WHEN EXISTS (SELECT FROM of JOIN `+s.table("tenancy_map")+` x ON x.login = pg_get_userbyid(roleid)) THEN 'it may become another login'

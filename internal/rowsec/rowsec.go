@@ -20,6 +20,16 @@
 //	    INSERT INTO plans (tenant_id, name) VALUES (NULL, 'free');
 //	END $$;
 //
+// PostgreSQL checks the rows of a new foreign key as the owner, behind the wall: refused, when there are rows, and of a tenant that was entered it would check
+// that one's alone. Such a migration takes FORCE off both tables and puts it on again in one transaction, whose locks keep everybody out
+// meanwhile; [Shared.Verify] sees when it was forgotten:
+//
+//	ALTER TABLE notes NO FORCE ROW LEVEL SECURITY;
+//	ALTER TABLE tags NO FORCE ROW LEVEL SECURITY;
+//	ALTER TABLE tags ADD FOREIGN KEY (tenant_id, note) REFERENCES notes (tenant_id, id);
+//	ALTER TABLE notes FORCE ROW LEVEL SECURITY;
+//	ALTER TABLE tags FORCE ROW LEVEL SECURITY;
+//
 // The same files run in the schema model, where [InstallSchemaModel] makes the same functions and tenant_id is the one tenant's everywhere.
 //
 // PostgreSQL checks unique and foreign keys past the policies. Both are written with tenant_id, in either model:
