@@ -71,11 +71,10 @@ func newHouse(t *testing.T) *house {
 	prov, database := prefix+"_prov", prefix
 	must(t, admin, "CREATE ROLE "+prov+" LOGIN CREATEROLE PASSWORD '"+h.password+"'")
 	must(t, admin, "CREATE DATABASE "+database+" OWNER "+prov)
-	roles := []string{prov}
 	t.Cleanup(func() {
 		must(t, admin, "DROP DATABASE "+database+" WITH (FORCE)")
-		rows, _ := admin.Query(context.Background(), "SELECT rolname::text FROM pg_roles WHERE starts_with(rolname, $1)", prefix)
-		roles, err = pgx.CollectRows(rows, pgx.RowTo[string])
+		rows, _ := admin.Query(context.Background(), "SELECT rolname::text FROM pg_roles WHERE starts_with(rolname, $1) ORDER BY rolname = $2", prefix, prov) // the provisioner made the others' memberships
+		roles, err := pgx.CollectRows(rows, pgx.RowTo[string])
 		if err != nil {
 			t.Error(err)
 		}
