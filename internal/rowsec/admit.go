@@ -21,8 +21,8 @@ var errOther = errors.New("it is another tenant's already")
 // Admit makes login the tenant's: from its next statement on it sees the tenant's rows. A tenant can have several logins. The
 // login exists and is a member of the runtime group; it may be admitted again.
 //
-// The error is [ErrUnsafe] for a login that may become another role of the schema's, or has rights of the server's, and for one that is another
-// tenant's; or the server's.
+// The error is [ErrUnsafe] for a login that may become another role of the schema's, may create anything, or has rights of the server's, and for one
+// that is another tenant's; or the server's.
 func (s Shared) Admit(ctx context.Context, conn *pgx.Conn, login string, t Tenant) error {
 	err := s.asOwner(ctx, conn, pgx.TxOptions{}, func(tx pgx.Tx) error {
 		if err := s.judge(ctx, tx, login); err != nil {
@@ -61,7 +61,8 @@ func (s Shared) judge(ctx context.Context, tx pgx.Tx, login string) error {
 			WHEN rolname IN ($2, $3) THEN 'it is the owner or the group itself'
 			WHEN NOT pg_has_role(oid, $3, 'USAGE') OR NOT has_schema_privilege(oid, $4, 'USAGE') THEN 'it has not the rights of the group'
 			WHEN EXISTS (SELECT FROM of WHERE pg_get_userbyid(roleid) = $2) THEN 'it may become the owner'
-			WHEN has_schema_privilege(oid, $4, 'CREATE') THEN 'it may create in the schema'
+			WHEN EXISTS (SELECT FROM pg_namespace n WHERE has_schema_privilege(pg_roles.oid, n.oid, 'CREATE')) THEN 'it may create in a schema'
+			WHEN has_database_privilege(oid, current_database(), 'TEMPORARY, CREATE') THEN 'it may create temporary objects, or schemas'
 			WHEN EXISTS (SELECT FROM of JOIN `+s.table("tenancy_readers")+` x ON x.role = pg_get_userbyid(roleid))
 				OR EXISTS (SELECT FROM `+s.table("tenancy_readers")+` WHERE role = rolname) THEN 'it may become a reader of all rows'
 			WHEN EXISTS (SELECT FROM of JOIN `+s.table("tenancy_map")+` x ON x.login = pg_get_userbyid(roleid)) THEN 'it may become another login'

@@ -99,6 +99,8 @@ func TestAdmitRefusesWhomTheWallDoesNotStop(t *testing.T) {
 	refuse("reader", "reader of all", tenant[idA], member, "GRANT "+reader+" TO {}")
 	refuse("another login", "another login", tenant[idA], member, "GRANT "+h.b+" TO {}")
 	refuse("creates", "may create", tenant[idA], member, "GRANT CREATE ON SCHEMA "+h.Schema+" TO {}")
+	refuse("temporary objects", "temporary", tenant[idA], member, "GRANT TEMPORARY ON DATABASE "+h.base.Database+" TO {}")
+	refuse("schemas", "schemas", tenant[idA], member, "GRANT CREATE ON DATABASE "+h.base.Database+" TO {}")
 	refuse("number of another", "another tenant's", rowsec.Tenant{ID: idA, UID: [16]byte{1}, Realm: realm}, member)
 	refuse("UID of another", "another tenant's", rowsec.Tenant{ID: 9, UID: tenant[idA].UID, Realm: realm}, member)
 	refuse("realm of another", "another tenant's", rowsec.Tenant{ID: idA, UID: tenant[idA].UID, Realm: [16]byte{9}}, member)

@@ -212,6 +212,8 @@ var attacks = []struct{ name, sql, state string }{
 	{"temporary_view", `CREATE TEMP VIEW v AS SELECT * FROM notes; TABLE v; CREATE TEMP TABLE c AS SELECT * FROM notes; TABLE c`, ""},
 	{"lateral", `SELECT n.* FROM pages p, LATERAL (SELECT * FROM notes WHERE tenant_id <> p.tenant_id) n`, ""},
 	{"recursive", `WITH RECURSIVE r AS (SELECT id, title FROM notes UNION SELECT n.id, n.title FROM notes n JOIN r ON n.id <> r.id) SELECT * FROM r`, ""},
+	{"merge", `MERGE INTO notes n USING (VALUES (2)) v (id) ON n.id = v.id WHEN MATCHED THEN UPDATE SET title = 'x'`, ""},
+	{"merge_and_insert", `MERGE INTO notes n USING (VALUES (2)) v (id) ON n.id = v.id WHEN NOT MATCHED THEN INSERT (id, tenant_id, title) VALUES (94, 8, 'x')`, "42501"},
 	{"tablesample", `SELECT * FROM notes TABLESAMPLE SYSTEM (100)`, ""},
 	{"only", `SELECT * FROM ONLY notes`, ""},
 	{"whole_row", `SELECT n::text, to_json(n) FROM notes n`, ""},
@@ -221,12 +223,17 @@ func TestATenantWithAnySQLReachesNothingOfAnothers(t *testing.T) {
 	t.Parallel()
 	h := newService(t)
 	must(t, h.super, "ANALYZE")
+	// Objects of their own make tenants stronger than they are allowed to be: with them, functions can be planted in a query.
+	must(t, h.prov, "GRANT TEMPORARY ON DATABASE "+h.base.Database+" TO "+h.Runtime)
 	found := fmt.Sprint(h.Verify(t.Context(), h.prov))
-	if found != "rowsec: unsafe: view owners_titles asks with its owner's rights" {
+	if found != "rowsec: unsafe: tenants may create temporary objects, or schemas; view owners_titles asks with its owner's rights" {
 		t.Error(found)
 	}
 	for _, attack := range attacks {
 		t.Run(attack.name, func(t *testing.T) {
+			if server.Major() < 15 && strings.HasPrefix(attack.name, "merge") {
+				t.Skip("MERGE is of 15")
+			}
 			before := h.foreign()
 			conn := h.as(h.a)
 			defer conn.Close(context.Background())
@@ -276,5 +283,5 @@ func (h *house) restore() {
 }
 
 func (h *house) fill(sql string) string {
-	return strings.NewReplacer("{a}", h.a, "{b}", h.b, "{owner}", h.Owner, "{runtime}", h.Runtime, "{schema}", h.Schema).Replace(sql)
+	return strings.NewReplacer("{a}", h.a, "{b}", h.b, "{owner}", h.Owner, "{runtime}", h.Runtime, "{schema}", h.Schema, "{database}", h.base.Database).Replace(sql)
 }

@@ -21,7 +21,14 @@ var controls = []struct{ name, remove, attack, finds string }{
 	{"no_rights_on_partitions", `GRANT SELECT ON events_2027 TO {runtime}`, `SELECT * FROM events_2027`, "b-secret"},
 	{"no_rights_on_the_map", `GRANT SELECT ON tenancy_map TO {runtime}`, `SELECT 'id ' || id FROM tenancy_map`, "id 8"},
 	{"no_right_to_truncate", `GRANT TRUNCATE ON events TO {runtime}`, `TRUNCATE events; SELECT 'truncated'`, "truncated"},
-	{"barrier_of_the_marker", `ALTER VIEW tenancy_marker RESET (security_barrier)`, `SET enable_indexscan = off; SET enable_bitmapscan = off; CREATE FUNCTION pg_temp.leak(uuid) RETURNS boolean LANGUAGE plpgsql COST 0.0000001 AS
+	{"no_temporary_objects", `GRANT TEMPORARY ON DATABASE {database} TO {runtime}`, `CREATE TEMP TABLE notes (title text); INSERT INTO pg_temp.notes VALUES ('mine'); GRANT ALL ON pg_temp.notes TO PUBLIC;
+		CREATE FUNCTION pg_temp.trojan() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'ALTER TABLE {schema}.comments DISABLE ROW LEVEL SECURITY'; RETURN NEW; END $$;
+		CREATE TRIGGER trojan BEFORE UPDATE ON pg_temp.notes FOR EACH ROW EXECUTE FUNCTION pg_temp.trojan(); SELECT definer_update(); SELECT * FROM comments`, "b-secret"},
+	{"no_temporary_objects_for_a_cascade", `GRANT TEMPORARY ON DATABASE {database} TO {runtime}; CREATE FUNCTION mark() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN UPDATE pages SET title = title; RETURN OLD; END';
+		CREATE TRIGGER mark BEFORE DELETE ON comments FOR EACH ROW EXECUTE FUNCTION mark()`, `CREATE TEMP TABLE pages (title text); INSERT INTO pg_temp.pages VALUES ('mine'); GRANT ALL ON pg_temp.pages TO PUBLIC;
+		CREATE FUNCTION pg_temp.trojan() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'ALTER TABLE {schema}.footers DISABLE ROW LEVEL SECURITY'; RETURN NEW; END $$;
+		CREATE TRIGGER trojan BEFORE UPDATE ON pg_temp.pages FOR EACH ROW EXECUTE FUNCTION pg_temp.trojan(); DELETE FROM notes; SELECT * FROM footers`, "b-secret"},
+	{"barrier_of_the_marker", `GRANT TEMPORARY ON DATABASE {database} TO {runtime}; ALTER VIEW tenancy_marker RESET (security_barrier)`, `SET enable_indexscan = off; SET enable_bitmapscan = off; CREATE FUNCTION pg_temp.leak(uuid) RETURNS boolean LANGUAGE plpgsql COST 0.0000001 AS
 		'BEGIN IF $1::text LIKE ''bb%'' THEN RAISE EXCEPTION ''b-secret''; END IF; RETURN true; END'; SELECT * FROM tenancy_marker WHERE pg_temp.leak(tenant)`, "b-secret"},
 	{"asking_for_another", `DO $do$ BEGIN EXECUTE replace(pg_get_functiondef('tenancy_tenant(name)'::regprocedure), $$pg_has_role(session_user, m.login, 'MEMBER')$$, 'true'); END $do$`,
 		`SELECT 'b is ' || tenancy_tenant('{b}')`, "b is 8"},
@@ -47,7 +54,7 @@ func TestWithoutEachGuardTheAttackSucceeds(t *testing.T) {
 	}
 	must(t, h.owner, "GRANT SELECT ON owners_titles TO "+h.Runtime)
 	unseen := map[string]bool{ // Verify looks at tables, views and roles, and not into functions
-		"barrier_of_the_marker": true, "asking_for_another": true, "entering_is_for_who_may_be_the_owner": true, "fixed_search_path": true, "select_on_a_sequence": true,
+		"asking_for_another": true, "entering_is_for_who_may_be_the_owner": true, "fixed_search_path": true, "select_on_a_sequence": true,
 	}
 	for _, c := range controls {
 		t.Run(c.name, func(t *testing.T) {

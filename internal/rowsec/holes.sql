@@ -23,7 +23,9 @@ SELECT hole FROM (
     SELECT DISTINCT format('%s is a tenants'' role and may read as %s', t.rolname, r.rolname) FROM reader r JOIN pg_roles t
         ON pg_has_role(t.oid, r.oid, 'MEMBER') AND pg_has_role(t.oid, $3, 'MEMBER') AND NOT pg_has_role(t.oid, $2, 'MEMBER')
     UNION ALL
-    SELECT 'tenants may create in the schema' WHERE has_schema_privilege($3, $1, 'CREATE')
+    SELECT format('tenants may create in schema %s', nspname) FROM pg_namespace WHERE has_schema_privilege($3, oid, 'CREATE')
+    UNION ALL
+    SELECT 'tenants may create temporary objects, or schemas' WHERE has_database_privilege($3, current_database(), 'TEMPORARY, CREATE')
     UNION ALL
     SELECT format('%s is the library''s, and tenants may read or write it', relname) FROM relation
         WHERE ours AND (reads AND relname <> 'tenancy_marker' OR writes OR more)

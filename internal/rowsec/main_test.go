@@ -82,6 +82,7 @@ func newHouse(t *testing.T) *house {
 			must(t, admin, "DROP ROLE "+role)
 		}
 	})
+	must(t, admin, "REVOKE ALL ON DATABASE "+database+" FROM PUBLIC")
 	h.base = cc.Copy()
 	h.base.Database = database
 	h.super = h.dial(h.base)
@@ -116,6 +117,7 @@ func (h *house) role(name, rights string) {
 	if server.Major() >= 16 {
 		set = " WITH INHERIT TRUE, SET TRUE"
 	}
+	must(h.t, h.prov, "GRANT CONNECT ON DATABASE "+h.base.Database+" TO "+name)
 	must(h.t, h.prov, "GRANT "+name+" TO "+strings.TrimSuffix(h.Schema, "_shared")+"_prov"+set)
 }
 

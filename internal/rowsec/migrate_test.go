@@ -108,6 +108,7 @@ func TestProtectRefusesWhatItCannotProtect(t *testing.T) {
 	must(t, h.super, `CREATE SCHEMA elsewhere; CREATE TABLE elsewhere.x (); GRANT ALL ON SCHEMA elsewhere TO `+h.Owner+`;
 		CREATE EXTENSION file_fdw; CREATE SERVER files FOREIGN DATA WRAPPER file_fdw; CREATE FOREIGN TABLE `+h.Schema+`.far (line text) SERVER files OPTIONS (filename '/dev/null');
 		ALTER FOREIGN TABLE `+h.Schema+`.far OWNER TO `+h.Owner+`; CREATE TABLE `+h.Schema+`.another ()`)
+	must(t, h.prov, "GRANT TEMPORARY ON DATABASE "+h.base.Database+" TO "+h.Owner)
 	must(t, h.owner, `CREATE TEMP TABLE brief (); CREATE TABLE odd (tenant_id text); CREATE TABLE made (id bigint, tenant_id bigint GENERATED ALWAYS AS (id) STORED);
 		CREATE TABLE full_one (id bigint); INSERT INTO full_one VALUES (1)`)
 	for relation, want := range map[string]struct{ state, says string }{
@@ -276,6 +277,18 @@ func TestWhatTenantsShareIsAsTheCommentSays(t *testing.T) {
 	if n := scan[float64](t, a, `SELECT reltuples FROM pg_class WHERE oid = 'notes'::regclass`); n != 2 {
 		t.Errorf("the catalog shows %v rows", n)
 	}
+	must(t, h.super, `INSERT INTO `+h.Schema+`.pages (id, tenant_id, title) SELECT i, 8, 'common' FROM generate_series(10, 1009) i; ANALYZE`)
+	estimate := func(title string) string {
+		return column(t, a, "EXPLAIN SELECT * FROM pages WHERE title = '"+title+"'")[0]
+	}
+	if common, rare := estimate("common"), estimate("rare"); common == rare {
+		t.Errorf("the estimate for a value of B's is as for any other: %s", common)
+	}
+	b := h.as(h.b)
+	must(t, b, "SET lock_timeout = '10ms'")
+	must(t, a, "BEGIN; LOCK TABLE notes")
+	refused(t, b, "55P03", "SELECT title FROM notes")
+	must(t, a, "ROLLBACK")
 	_, err := a.CopyFrom(t.Context(), []string{"notes"}, []string{"id", "title"}, pgx.CopyFromRows([][]any{{3, "x"}}))
 	if pg, ok := errors.AsType[*pgconn.PgError](err); !ok || pg.Code != "0A000" {
 		t.Errorf("COPY FROM: %v", err)

@@ -32,6 +32,10 @@
 //
 // The same files run in the schema model, where [InstallSchemaModel] makes the same functions and tenant_id is the one tenant's everywhere.
 //
+// A tenant may create nothing, temporary objects included: code of the owner's runs in the tenants' sessions (a function with SECURITY DEFINER, a trigger on
+// rows that a foreign key deletes) and would take a tenant's temporary table for the service's one of the same name, with all that the tenant
+// has attached to it. Then the tenant acts as the owner of all.
+//
 // PostgreSQL checks unique and foreign keys past the policies. Both are written with tenant_id, in either model:
 //
 //	CREATE TABLE notes (id bigint GENERATED ALWAYS AS IDENTITY, tenant_id bigint, slug text, PRIMARY KEY (tenant_id, id), UNIQUE (tenant_id, slug));
@@ -39,7 +43,9 @@
 //
 // A unique key without it tells that another tenant has the value (23505), and a foreign key without it lets a row of one tenant refer to a
 // row of another, learn that it exists, and stand in the way of its deletion, or go with it. [Shared.Tables] lists those.
-// Not closed either, and shared by all tenants: how far a sequence has counted, sizes and numbers of rows in the catalogs, and the locks of one table.
+//
+// Not closed either, and shared by all tenants: how far a sequence has counted; numbers of rows in the catalogs, and what EXPLAIN estimates from
+// the values of all; and the locks of a table, which each tenant can take whole with LOCK TABLE.
 // COPY FROM does not work on a table with policies (0A000): tenants use INSERT.
 //
 // Nothing here makes or drops a role, and nothing takes a lock against a second caller: whoever calls has one.
