@@ -162,6 +162,12 @@ func (e *erasure) drain(ctx context.Context, t, condition string) (all int64, er
 	for {
 		var n int64
 		err := e.step(ctx, func(tx pgx.Tx, _ bool) error {
+			if condition == "" {
+				// Or each batch reads all that the tenant has: 50 ms instead of 3 for 1,000 of 40,000 rows. With a condition the join is worth it.
+				if _, err := tx.Exec(ctx, "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off"); err != nil {
+					return err
+				}
+			}
 			tag, err := tx.Exec(ctx, sql, e.id, e.batch)
 			if n = tag.RowsAffected(); err != nil {
 				return err
