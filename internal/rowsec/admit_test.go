@@ -207,6 +207,12 @@ func TestTheHostsReaderReadsAllAndWritesNothing(t *testing.T) {
 		}
 	}
 	refused(t, conn, "42501", "SELECT * FROM "+h.Schema+".notes")
+	if err := h.NoReader(t.Context(), h.prov, h.Runtime); err != nil {
+		t.Fatal(err)
+	}
+	if got := column(t, h.as(h.a), "SELECT title FROM notes"); !slices.Equal(got, []string{"a-word"}) {
+		t.Errorf("after taking from the group what it was never given, A sees %q", got)
+	}
 	for _, role := range []string{h.a, h.b, h.Owner, h.Runtime, "postgres"} {
 		if err := h.Reader(t.Context(), h.prov, role); err == nil {
 			t.Errorf("%s became a reader", role)

@@ -30,7 +30,7 @@ const eraseBatch = 1000
 
 // Erase deletes the rows of a tenant whose logins are dismissed, from all protected tables, then the tenant from the roster. It deletes
 // at most batch rows in a transaction (0: 1000), those that refer before those that are referred to; rows that refer to each other in a
-// circle go in one statement, whatever their number.
+// circle go in one statement, whatever their number. The logins' sessions have ended before: what one of them still has at work can write a row after it was looked for.
 //
 // The receipt says how many rows of each table were deleted, over all calls: one that died, or whose ctx ended, is finished by the next,
 // and after the end every call answers with the same receipt. Tables are in order of name.

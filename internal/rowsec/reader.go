@@ -52,7 +52,8 @@ func (s Shared) NoReader(ctx context.Context, conn *pgx.Conn, role string) error
 		return err
 	}
 	err := s.asOwner(ctx, conn, pgx.TxOptions{}, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `DELETE FROM `+s.table("tenancy_readers")+` WHERE role = $1`, role); err != nil {
+		tag, err := tx.Exec(ctx, `DELETE FROM `+s.table("tenancy_readers")+` WHERE role = $1`, role)
+		if err != nil || tag.RowsAffected() == 0 { // another role's rights are not ours to take: the tenants' group has some
 			return err
 		}
 		schema, reader := ident.Quote(s.Schema), ident.Quote(role)
