@@ -1,0 +1,46 @@
+-- What stands open in schema $1 of owner $2 and runtime group $3, a line each: nothing, when all is as it must be.
+WITH relation AS (
+    SELECT c.oid, c.relname, c.relkind, c.relrowsecurity AND c.relforcerowsecurity AS forced, c.relname LIKE 'tenancy\_%' AS ours, c.reloptions,
+        EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'tenant_id' AND NOT a.attisdropped) AS has_tenant,
+        EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'tenancy_wall') AS walled,
+        EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'tenancy_common') AS common,
+        (SELECT count(*) FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname LIKE 'tenancy\_wall%' AND NOT p.polpermissive
+            AND p.polroles = '{0}'
+            AND concat(pg_get_expr(p.polqual, p.polrelid), pg_get_expr(p.polwithcheck, p.polrelid)) LIKE '%tenancy_tenant(%') AS walls,
+        has_any_column_privilege($3::text, c.oid, 'SELECT') AS reads,
+        has_any_column_privilege($3, c.oid, 'INSERT, UPDATE') OR has_table_privilege($3, c.oid, 'DELETE') AS writes,
+        has_table_privilege($3, c.oid, 'TRUNCATE, TRIGGER') OR has_any_column_privilege($3, c.oid, 'REFERENCES') AS more
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+), reader AS (
+    SELECT r.* FROM pg_roles r WHERE EXISTS (SELECT FROM pg_policy p JOIN relation ON relation.oid = p.polrelid WHERE p.polname = 'tenancy_reader' AND r.oid = ANY (p.polroles))
+)
+SELECT hole FROM (
+    SELECT format('role %s is a superuser or bypasses row-level security', rolname) FROM pg_roles WHERE rolname IN ($2, $3) AND (rolsuper OR rolbypassrls)
+    UNION ALL
+    SELECT DISTINCT format('%s reads the rows of all tenants, and more than reads them', r.rolname) FROM reader r
+        WHERE r.rolsuper OR r.rolbypassrls OR pg_has_role(r.oid, $2, 'MEMBER')
+    UNION ALL
+    SELECT DISTINCT format('%s is a tenants'' role and may read as %s', t.rolname, r.rolname) FROM reader r JOIN pg_roles t
+        ON pg_has_role(t.oid, r.oid, 'MEMBER') AND pg_has_role(t.oid, $3, 'MEMBER') AND NOT pg_has_role(t.oid, $2, 'MEMBER')
+    UNION ALL
+    SELECT format('tenants may create in schema %s', nspname) FROM pg_namespace WHERE has_schema_privilege($3, oid, 'CREATE')
+    UNION ALL
+    SELECT 'tenants may create temporary objects, or schemas' WHERE has_database_privilege($3, current_database(), 'TEMPORARY, CREATE')
+    UNION ALL
+    SELECT format('%s is the library''s, and tenants may read or write it', relname) FROM relation
+        WHERE ours AND (reads AND relname <> 'tenancy_marker' OR writes OR more)
+    UNION ALL
+    SELECT format('%s has a wall that is not forced, or was changed', relname) FROM relation
+        WHERE walled AND (NOT forced OR walls <> 4)
+    UNION ALL
+    SELECT format('tenants may write %s, which has no wall', relname) FROM relation WHERE NOT walled AND NOT ours AND writes AND relkind <> 'v'
+    UNION ALL
+    SELECT format('tenants may read %s, which has no wall', relname) FROM relation
+        WHERE NOT walled AND NOT ours AND reads AND NOT writes AND (has_tenant OR NOT common) AND relkind <> 'v'
+    UNION ALL
+    SELECT format('view %s asks with its owner''s rights', relname) FROM relation
+        WHERE relkind = 'v' AND NOT ours AND (reads OR writes) AND current_setting('server_version_num')::int >= 150000
+        AND NOT coalesce(reloptions && ARRAY['security_invoker=true', 'security_invoker=on', 'security_invoker=1'], false)
+    UNION ALL
+    SELECT format('tenants may truncate %s, or refer to it, or put triggers on it', relname) FROM relation WHERE more AND NOT ours
+) h (hole) ORDER BY hole
