@@ -124,7 +124,7 @@ func nextLogin(place, login string) string {
 
 // makeNextLogin makes the login at the server, asks whether it has the rights that it should, and logs in with it.
 func (c *Catalog) makeNextLogin(ctx context.Context, p *place) error {
-	conn, err := p.provisionerConn(ctx)
+	conn, err := p.insideConn(ctx)
 	if err != nil {
 		return err
 	}
@@ -229,7 +229,7 @@ func (c *Catalog) dropLogin(ctx context.Context, p *place, login string) (err er
 	if err := c.tn.feed.awaitNodes(ctx); err != nil {
 		return err
 	}
-	conn, err := p.provisionerConn(ctx)
+	conn, err := p.insideConn(ctx)
 	if err != nil {
 		return err
 	}

@@ -251,18 +251,19 @@ func (tn *Tenancy) verifyServers(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	databases := tn.cfg.Isolation == IsolationDatabase
 	if len(sources) == 0 && tn.cfg.Server != nil {
-		name, d, err := tn.cfg.Server.parse()
+		s, d, err := tn.cfg.Server.parse()
 		if err != nil {
 			return err
 		}
-		if err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions); err != nil {
+		if err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions, databases); err != nil {
 			return err
 		}
-		return tn.primary.registerServer(ctx, name, d)
+		return tn.primary.registerServer(ctx, s, d)
 	}
 	for _, d := range sources {
-		err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions)
+		err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions, databases)
 		if errors.Is(err, ErrSetup) {
 			return err
 		} else if err != nil {
