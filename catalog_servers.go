@@ -11,7 +11,9 @@ import (
 )
 
 // ServerConfig is a database in which tenants live, with its provisioner: the login that makes
-// schemas and roles there (LOGIN, CREATEROLE, owner of the database, not a superuser).
+// schemas and roles there (LOGIN, CREATEROLE, owner of the database, not a superuser), and, with CREATEDB, databases of tenants' own beside it.
+//
+// [Init] and [Catalog.AddServer] write Weight and Capacity each time; Config.Server is registered by the first [Open] alone.
 type ServerConfig struct {
 	// Name of the server in the catalog. Default: "main".
 	Name string

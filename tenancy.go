@@ -1,4 +1,4 @@
-// Package tenancy gives a web service on PostgreSQL one schema and one login per customer, and
+// Package tenancy gives a web service on PostgreSQL one schema, or database, and one login per customer, and
 // runs every query in the caller's own, while the service's code stays as it was.
 //
 // A query for tenant A never reads or writes tenant B's rows, not even through injected SQL:
