@@ -8,12 +8,14 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/fstest"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy"
+	"github.com/msmt-go/tenancy/internal/pgembed"
 	"github.com/msmt-go/tenancy/tenancytest"
 )
 
@@ -277,6 +279,20 @@ func TestADatabaseIsFinishedStepByStep(t *testing.T) {
 			t.Errorf("after %s it is closed, or open to everyone", died)
 		}
 	}
+	// What is there is finished without the right to make another; what is not, is not begun.
+	provisioner := fleetName(t, f) + "_provisioner"
+	must(t, admin, `ALTER ROLE `+provisioner+` NOCREATEDB`)
+	if _, err := broken.Catalog().Create(t.Context(), tenancy.NewTenant{Name: "acme"}); sqlState(err) != "22012" {
+		t.Errorf("without CREATEDB: %v, want that the migration is come to", err)
+	}
+	must(t, admin, `DROP DATABASE `+place)
+	must(t, admin, `DROP ROLE `+place+`_l1`)
+	_, err := broken.Catalog().Create(t.Context(), tenancy.NewTenant{Name: "acme"})
+	wantError(t, err, tenancy.ErrSetup, "CREATEDB;")
+	if n := scan[int](t, admin, `SELECT count(*) FROM pg_roles WHERE rolname = $1`, place+"_l1"); n != 0 {
+		t.Error("a login was made for a database that cannot be")
+	}
+	must(t, admin, `ALTER ROLE `+provisioner+` CREATEDB`)
 	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationDatabase})
 	if made := tenancytest.Create(t, tn, "acme"); placeOf(t, f, made.ID).Schema != place {
 		t.Errorf("it lives in %s, not in %s", placeOf(t, f, made.ID).Schema, place)
@@ -675,5 +691,193 @@ func TestADatabaseThatWasOpenedByHandIsFound(t *testing.T) {
 		if err := c.RotatePassword(ctx, s.of.ID); err != nil {
 			t.Errorf("after %s: %v", s.shut, err)
 		}
+	}
+}
+
+// TestAPurgeOfADatabaseGoesOnWhereItDied takes each step of a drop beforehand, as a run that died there has.
+func TestAPurgeOfADatabaseGoesOnWhereItDied(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationDatabase})
+	c, ctx, admin := tn.Catalog(), t.Context(), f.Admin(t, "tenants")
+	for i, died := range []string{
+		`ALTER DATABASE {} ALLOW_CONNECTIONS false`,
+		`UPDATE pg_database SET datconnlimit = -2 WHERE datname = '{}'`, // the server stopped while it removed the files
+		`DROP DATABASE {}`,
+		`DO $$ BEGIN EXECUTE 'REVOKE ALL ON DATABASE {} FROM {}_o, {}_r'; EXECUTE 'DROP ROLE {}_l1'; END $$`,
+	} {
+		made := tenancytest.Create(t, tn, fmt.Sprintf("acme-%d", i))
+		place := placeOf(t, f, made.ID).Schema
+		if err := c.Delete(ctx, made.ID); err != nil {
+			t.Fatal(err)
+		}
+		must(t, admin, strings.ReplaceAll(died, "{}", place))
+		receipt, err := c.Purge(ctx, made.ID, made.Name)
+		if err != nil || len(receipt.Databases) != 1 && !strings.HasPrefix(died, "DROP DATABASE") {
+			t.Errorf("after %s: %+v, %v", died, receipt, err)
+		}
+		if n := scan[int](t, admin, `SELECT count(*) FROM pg_roles WHERE starts_with(rolname, $1)`, place); n != 0 {
+			t.Errorf("after %s: %d roles are left", died, n)
+		}
+	}
+	assertDatabases(t, f)
+}
+
+// The documented order moves a suspended tenant with its rows.
+func TestASuspendedTenantMovesIntoADatabase(t *testing.T) {
+	t.Parallel()
+	f, tn, _, _, initech := mixedFleet(t)
+	c, ctx := tn.Catalog(), t.Context()
+	if err := c.Suspend(ctx, initech.ID, tenancy.Suspension{Maintenance: true}); err != nil {
+		t.Fatal(err)
+	}
+	d, err := c.Prepare(ctx, initech.ID, "", tenancy.IsolationDatabase)
+	if err != nil {
+		t.Fatal(err)
+	}
+	operator := readmeConn(t, f, d.Database)
+	must(t, operator, `INSERT INTO `+d.Schema+`.notes (tenant, title) VALUES ('initech', 'moved')`)
+	_ = operator.Close(ctx)
+	if err := c.SetDataSource(ctx, initech.ID, d); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := connectTo(t, d); sqlState(err) != "28000" {
+		t.Errorf("the place of a suspended tenant is open: %v", err)
+	}
+	if err := c.Resume(ctx, initech.ID); err != nil {
+		t.Fatal(err)
+	}
+	var got string
+	if err := tn.DB().QueryRow(tenancytest.Context(t, tn, "initech"), `SELECT string_agg(title, ',') FROM notes`).Scan(&got); err != nil || got != "moved" {
+		t.Errorf("it reads %q, %v", got, err)
+	}
+	if err := c.Delete(ctx, initech.ID); err != nil {
+		t.Fatal(err)
+	}
+	if receipt, err := c.Purge(ctx, initech.ID, "initech"); err != nil || len(receipt.Databases) != 1 || receipt.Tables == 0 || len(receipt.Roles) != 6 {
+		t.Errorf("both places are purged: %+v, %v", receipt, err)
+	}
+	assertDatabases(t, f)
+}
+
+// The server's own work in a database, which the provisioner may not end, does not keep it.
+func TestAnAutovacuumDoesNotKeepADatabase(t *testing.T) {
+	t.Parallel()
+	server, err := pgembed.Start(t.Context(), pgembed.Options{Settings: map[string]string{"autovacuum_naptime": "1s"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := server.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	if server.External() {
+		t.Skip("the autovacuum of the server of TENANCY_TEST_URL is as it is")
+	}
+	super, ctx := connectURL(t, server.URL()), t.Context()
+	at := func(login, database string) string {
+		cc := super.Config()
+		return fmt.Sprintf("postgres://%s:secret@%s:%d/%s?sslmode=disable", login, cc.Host, cc.Port, database)
+	}
+	cfg := tenancy.Config{PrimaryURL: at("catalog", "fleet_primary"), Keys: otherKeys(t), Isolation: tenancy.IsolationDatabase, Migrations: fstest.MapFS{
+		"00001_slow.sql": {Data: []byte("-- +goose Up\nCREATE TABLE slow (n int) WITH (autovacuum_vacuum_threshold = 0, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1, fillfactor = 10);\nINSERT INTO slow SELECT generate_series(1, 20000);\nDELETE FROM slow;\n")},
+	}}
+	if err := tenancy.Init(ctx, tenancy.AdminConfig{AdminURL: server.URL(), PrimaryURL: cfg.PrimaryURL, Keys: cfg.Keys,
+		Server: tenancy.ServerConfig{URL: at("provisioner", "fleet_tenants")}, TenantDatabases: true}); err != nil {
+		t.Fatal(err)
+	}
+	tn, err := tenancy.Open(ctx, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tn.Close()
+	made := tenancytest.Create(t, tn, "acme")
+	d, err := tn.Catalog().DataSource(ctx, made.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	until(t, 30*time.Second, "true", func() string {
+		return fmt.Sprint(scan[bool](t, super, `SELECT count(*) > 0 FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND datname = $1`, d.Database))
+	})
+	if err := tn.Catalog().Delete(ctx, made.ID); err != nil {
+		t.Fatal(err)
+	}
+	if receipt, err := tn.Catalog().Purge(ctx, made.ID, "acme"); err != nil || !slices.Equal(receipt.Databases, []string{d.Database}) {
+		t.Errorf("%+v, %v", receipt, err)
+	}
+}
+
+// TestTheThirdReleaseWorksOnTheFourthVersion runs the statements of a release that knows nothing of isolations, weights and capacities, as a
+// deployment from node to node does.
+func TestTheThirdReleaseWorksOnTheFourthVersion(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, globex, _ := mixedFleet(t)
+	old := connectURL(t, f.PrimaryURL)
+	must(t, old, `INSERT INTO tenancy.servers (name, host, port, database, tls, provisioner) SELECT 'main', host, port, database, tls, provisioner FROM tenancy.servers
+		ON CONFLICT (host, port, database) DO UPDATE SET provisioner = excluded.provisioner, tls = excluded.tls, updated = now()`)
+	must(t, old, `WITH t AS (INSERT INTO tenancy.tenants (uid, name, display_name, state, isolation, intent, max_users, attributes)
+			VALUES (gen_random_uuid(), 'hooli', '', 'provisioning', 'schema', '', NULL, '{}') RETURNING uid)
+		INSERT INTO tenancy.data_sources (uid, server, schema, owner, runtime, login, sealed, state) SELECT uid, (SELECT min(id) FROM tenancy.servers), 't_old', 't_old_o', 't_old_r', 't_old_l1', '', 'intent' FROM t`)
+	if got := scan[string](t, old, `SELECT concat_ws(' ', d.isolation, '(' || d.database || ')', s.weight, s.capacity) FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE d.schema = 't_old'`); got != "schema () 1 0" {
+		t.Errorf("what it wrote reads %q", got)
+	}
+	// It moves a tenant without a word of its isolation, and serves one with a database by the sealed record.
+	must(t, old, `UPDATE tenancy.tenants SET data_source = data_source, generation = generation + 1, updated = now() WHERE id = $1`, globex.ID)
+	for _, name := range []string{"acme", "globex"} {
+		var got string
+		if err := tn.DB().QueryRow(tenancytest.Context(t, tn, name), `SELECT string_agg(tenant, ',') FROM notes`).Scan(&got); err != nil || got != name {
+			t.Errorf("%s reads %q, %v", name, got, err)
+		}
+	}
+	if err := tn.Catalog().RotatePassword(t.Context(), acme.ID); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestTheEnvironmentSaysTheIsolation(t *testing.T) {
+	key, err := tenancy.NewKey("test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TENANCY_PRIMARY_URL", "postgres://u@127.0.0.1:1/db")
+	t.Setenv("TENANCY_KEYS", key)
+	for _, value := range []string{"", "database"} {
+		t.Setenv("TENANCY_ISOLATION", value)
+		if cfg, err := tenancy.FromEnv(); err != nil || string(cfg.Isolation) != value {
+			t.Errorf("%q: got %q, %v", value, cfg.Isolation, err)
+		}
+	}
+}
+
+func TestDatabasesAreMadeAtOnce(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	var nodes []*tenancy.Tenancy
+	for range 2 {
+		nodes = append(nodes, f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationDatabase, Limits: tenancy.Limits{Provisions: 4}}))
+	}
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			made, err := nodes[i%2].Catalog().Create(t.Context(), tenancy.NewTenant{Name: fmt.Sprintf("acme-%d", i)})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if i%4 > 1 {
+				return
+			}
+			if err := nodes[i%2].Catalog().Delete(t.Context(), made.ID); err != nil {
+				t.Error(err)
+			} else if _, err := nodes[1-i%2].Catalog().Purge(t.Context(), made.ID, made.Name); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	assertDatabases(t, f)
+	if n := len(databasesOf(t, f)); n != 4 {
+		t.Errorf("%d databases are there, want 4", n)
 	}
 }

@@ -183,7 +183,11 @@ func (tn *Tenancy) prepareServer(ctx context.Context, p *place) (*pgx.Conn, erro
 func (tn *Tenancy) makeAround(ctx context.Context, conn *pgx.Conn, p *place) error {
 	own := p.isolation == IsolationDatabase
 	if own { // before anything is made
-		if err := ask(ctx, conn, databaseChecks(p.provisioner)); err != nil {
+		found, err := findDatabase(ctx, conn, p)
+		if err == nil && !found.there {
+			err = ask(ctx, conn, databaseChecks(p.provisioner))
+		}
+		if err != nil {
 			return err
 		}
 	}
