@@ -551,6 +551,38 @@ func TestAServerWithoutDatabasesSaysSoBeforeAnythingIsMade(t *testing.T) {
 	createIn(t, tn, "globex", tenancy.IsolationSchema)
 }
 
+// Init gives the right to make databases where it is asked for, and takes it away where it is not. The tenants that have one keep it.
+func TestInitGivesAndTakesTheRightToMakeDatabases(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _, _ := mixedFleet(t)
+	admin, ctx := f.Admin(t, "tenants"), t.Context()
+	may := func() bool {
+		return scan[bool](t, admin, `SELECT rolcreatedb FROM pg_roles WHERE rolname = $1`, fleetName(t, f)+"_provisioner")
+	}
+	if !may() {
+		t.Error("the provisioner has no CREATEDB")
+	}
+	if err := tenancy.Init(ctx, f.AdminConfig()); err != nil {
+		t.Fatal(err)
+	}
+	if may() {
+		t.Error("the provisioner kept CREATEDB")
+	}
+	_, err := tn.Catalog().Create(ctx, tenancy.NewTenant{Name: "hooli", Isolation: tenancy.IsolationDatabase})
+	wantError(t, err, tenancy.ErrSetup, "CREATEDB;")
+	if err := tn.Catalog().RotatePassword(ctx, acme.ID); err != nil {
+		t.Error(err)
+	}
+	if err := tn.Catalog().Delete(ctx, acme.ID); err != nil {
+		t.Fatal(err)
+	}
+	if receipt, err := tn.Catalog().Purge(ctx, acme.ID, "acme"); err != nil || len(receipt.Databases) != 1 {
+		t.Errorf("%+v, %v", receipt, err)
+	}
+	f.AllowDatabases(t)
+	createIn(t, tn, "hooli", tenancy.IsolationDatabase)
+}
+
 func TestExtensionsOfASuperusersAreThereInATenantsDatabase(t *testing.T) {
 	t.Parallel()
 	f := tenancytest.NewFleet(t, "citext", "dblink")
