@@ -101,7 +101,7 @@ func (c *Catalog) write(ctx context.Context, op string, id ID, fn func(tx pgx.Tx
 
 // refusal keeps the errors that this package decided on, and calls all others what they are: the primary's.
 func refusal(op string, err error) error {
-	for _, class := range []error{ErrTenantNotFound, ErrTenantExists, ErrTenantGone, ErrUserLimit, ErrInvalid, ErrForbidden, ErrNoProvisioner, ErrTenantNotReady, ErrInProgress} {
+	for _, class := range []error{ErrTenantNotFound, ErrTenantExists, ErrTenantGone, ErrUserLimit, ErrInvalid, ErrForbidden, ErrNoProvisioner, ErrNoRoom, ErrTenantNotReady, ErrInProgress} {
 		if errors.Is(err, class) {
 			return err
 		}

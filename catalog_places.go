@@ -13,16 +13,22 @@ import (
 // Prepare makes an empty, migrated place on a registered server and returns its data source,
 // with the password. With an ID the place is for that tenant to move to, by
 // [Catalog.SetDataSource]; with 0 it is for a new one, by [NewTenant.DataSource]. Nothing uses it before.
+//
+// server is the one to make it on, "" for that with most room. isolation, at most one, is that of the place, and becomes the tenant's when it moves
+// there; without, it is the tenant's own, and Config.Isolation for a new one.
 // The error is as that of Create.
-func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource, error) {
+func (c *Catalog) Prepare(ctx context.Context, id ID, server string, isolation ...Isolation) (DataSource, error) {
 	fail := func(err error) (DataSource, error) {
 		return DataSource{}, &Error{Op: "prepare", Tenant: id, Err: err}
 	}
 	if c.tn.migrations.empty() {
 		return fail(errNoMigrations)
 	}
-	ctx, err := begin(ctx)
+	as, err := onlyIsolation(isolation)
 	if err != nil {
+		return fail(err)
+	}
+	if ctx, err = begin(ctx); err != nil {
 		return fail(err)
 	}
 	uid := newUID()
@@ -41,6 +47,7 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 			return fail(ErrTenantGone)
 		}
 		uid = t.UID
+		def(&as, t.Isolation)
 	} else { // or the validity job could take the place for one that a crash has left
 		held, release, err := c.tn.primary.tryLockUID(ctx, uid)
 		if err != nil {
@@ -49,12 +56,16 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 		defer release()
 		ctx = held
 	}
+	def(&as, c.tn.cfg.Isolation)
+	if err := c.checkServer(ctx, server, as); err != nil {
+		return fail(err)
+	}
 	var source int64
 	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) (err error) {
-		if source, err = c.intendPlace(ctx, tx, uid, server); err != nil {
+		if source, err = c.intendPlace(ctx, tx, uid, server, as); err != nil {
 			return err
 		}
-		return audit(ctx, tx, "prepare", id, map[string]any{"server": server})
+		return audit(ctx, tx, "prepare", id, map[string]any{"server": server, "isolation": as})
 	})
 	if err != nil {
 		return fail(refusal("prepare", err))
@@ -79,6 +90,20 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string) (DataSource
 		return fail(errOvertaken)
 	}
 	return p.source, nil
+}
+
+// onlyIsolation is the one that was given, "" for none.
+func onlyIsolation(given []Isolation) (Isolation, error) {
+	switch len(given) {
+	case 0:
+		return "", nil
+	case 1:
+		if err := given[0].check(); err != nil {
+			return "", invalid(fmt.Errorf("isolation: %w", err))
+		}
+		return given[0], nil
+	}
+	return "", invalid(errors.New("isolation: give one"))
 }
 
 // SetDataSource moves the tenant to another place, which [Catalog.Prepare] made for it and the
@@ -254,15 +279,15 @@ func (c *Catalog) move(ctx context.Context, op string, now, to *place) error {
 		if tag.RowsAffected() == 0 { // DropPlace came before
 			return errOvertaken
 		}
-		tag, err = tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2, generation = generation + 1, updated = now()
-			WHERE id = $1 AND generation = $3`, id, to.id, now.tenant.Generation)
+		tag, err = tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2, isolation = $4, generation = generation + 1, updated = now()
+			WHERE id = $1 AND generation = $3`, id, to.id, now.tenant.Generation, to.isolation)
 		if err != nil {
 			return err
 		}
 		if tag.RowsAffected() == 0 {
 			return errOvertaken
 		}
-		if err := audit(ctx, tx, op, id, map[string]any{"address": d.Address(), "schema": d.Schema}); err != nil {
+		if err := audit(ctx, tx, op, id, map[string]any{"address": d.Address(), "schema": d.Schema, "isolation": to.isolation}); err != nil {
 			return err
 		}
 		return changed(ctx, tx, "tenant", id, "")
@@ -376,7 +401,7 @@ func (c *Catalog) prepared(ctx context.Context, q querier, d DataSource) (uid UI
 // findPlace finds the place that d names, in one of the states.
 func (c *Catalog) findPlace(ctx context.Context, q querier, d DataSource, states ...string) (uid UID, source int64, err error) {
 	err = q.QueryRow(ctx, `SELECT d.uid, d.id FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
-		WHERE s.host = $1 AND s.port = $2 AND s.database = $3 AND d.schema = $4 AND (d.login = $5 OR $5 LIKE d.schema || '\_l%') AND d.state = ANY($6)`,
+		WHERE s.host = $1 AND s.port = $2 AND coalesce(nullif(d.database, ''), s.database) = $3 AND d.schema = $4 AND (d.login = $5 OR $5 LIKE d.schema || '\_l%') AND d.state = ANY($6)`,
 		d.Host, d.Port, d.Database, d.Schema, d.User, states).Scan(&uid, &source)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return uid, 0, invalid(fmt.Errorf("data source: %s schema %q with login %q is not a place that Catalog.Prepare made", d.Address(), d.Schema, d.User))
@@ -389,10 +414,10 @@ func (c *Catalog) placeByID(ctx context.Context, id int64) (*place, error) {
 	p := place{id: id}
 	var sealed, provisioner []byte
 	db := c.tn.primary
-	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.version, d.server, d.owner, d.runtime, d.sealed,
+	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
 		d.next_login, d.next_sealed, d.old_login, s.pooler, s.pooler_tls, s.provisioner
 		FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE d.id = $1`, id).
-		Scan(&p.tenant.UID, &p.state, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
+		Scan(&p.tenant.UID, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
 			&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.pooler, &p.poolerTLS, &provisioner)
 	if err != nil {
 		return nil, unavailable("read place", err)

@@ -11,12 +11,14 @@ import (
 
 // Receipt says what Purge dropped.
 type Receipt struct {
-	Tenant  ID
-	UID     UID
-	Name    string
-	Tables  int      // relations dropped one by one
-	Roles   []string // roles dropped
-	Members int      // memberships erased
+	Tenant ID
+	UID    UID
+	Name   string
+	Tables int      // relations dropped one by one; those in a database of the tenant's own went with it
+	Roles  []string // roles dropped
+	// Databases are those of the tenant's own that were dropped. One that an earlier call dropped, before it died, is not among them.
+	Databases []string
+	Members   int // memberships erased
 }
 
 // Purge drops a deleted tenant's data, roles, memberships and domains, for good. It asks for the name again, so that a
@@ -87,7 +89,7 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.changes SET key = NULL WHERE tenant = $1 AND kind = 'member'`, id); err != nil {
 			return err
 		}
-		if err := audit(ctx, tx, "purge", id, map[string]any{"tables": r.Tables, "members": r.Members}); err != nil {
+		if err := audit(ctx, tx, "purge", id, map[string]any{"tables": r.Tables, "databases": len(r.Databases), "members": r.Members}); err != nil {
 			return err
 		}
 		if len(users) > 0 { // without a key: every node forgets all users' look-ups
@@ -108,17 +110,27 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 	return r, nil
 }
 
-// dropPlace drops the schema, then what its roles own elsewhere, then the roles.
+// dropPlace drops the schema, or the database that it is in, then what its roles own elsewhere, then the roles.
 func dropPlace(ctx context.Context, p *place, r *Receipt) error {
 	conn, err := p.provisionerConn(ctx)
 	if err != nil {
 		return err
 	}
 	defer closeConn(conn)
-	tables, err := dropSchema(ctx, conn, p)
-	r.Tables += tables
-	if err != nil {
-		return fmt.Errorf("drop schema %s: %w", p.source.Schema, err)
+	if p.isolation == IsolationDatabase {
+		dropped, err := dropDatabase(ctx, conn, p)
+		if err != nil {
+			return fmt.Errorf("drop database %s: %w", p.source.Database, err)
+		}
+		if dropped {
+			r.Databases = append(r.Databases, p.source.Database)
+		}
+	} else {
+		tables, err := dropSchema(ctx, conn, p)
+		r.Tables += tables
+		if err != nil {
+			return fmt.Errorf("drop schema %s: %w", p.source.Schema, err)
+		}
 	}
 	roles, err := dropRoles(ctx, conn, append(p.logins(), p.runtime, p.owner)...)
 	r.Roles = append(r.Roles, roles...)

@@ -126,7 +126,7 @@ func nextLogin(place, login string) string {
 
 // makeNextLogin makes the login at the server, asks whether it has the rights that it should, and logs in with it.
 func (c *Catalog) makeNextLogin(ctx context.Context, p *place) error {
-	conn, err := p.provisionerConn(ctx)
+	conn, err := p.insideConn(ctx)
 	if err != nil {
 		return err
 	}
@@ -137,6 +137,9 @@ func (c *Catalog) makeNextLogin(ctx context.Context, p *place) error {
 		}
 	}
 	if err := c.tn.makeLogin(ctx, conn, p, p.next); err != nil {
+		return err
+	}
+	if err := c.tn.setLogin(ctx, conn, p.next); err != nil {
 		return err
 	}
 	// What the old login owns is the new one's before it is given to it: both work at once for a while.
@@ -232,7 +235,7 @@ func (c *Catalog) dropLogin(ctx context.Context, p *place, login string) (err er
 	if err := c.tn.feed.awaitNodes(ctx); err != nil {
 		return err
 	}
-	conn, err := p.provisionerConn(ctx)
+	conn, err := p.insideConn(ctx)
 	if err != nil {
 		return err
 	}

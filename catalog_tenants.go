@@ -1,6 +1,7 @@
 package tenancy
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -21,7 +22,8 @@ type NewTenant struct {
 	Attributes  map[string]any // the service's own, kept as JSON of at most 64 KB; default {}
 	Admin       UserKey        // the first administrator; "": none. No password is made for anyone
 	Domains     []string       // host names that stand for the tenant, the primary one first; default none
-	Server      string         // where it lives; default: the server with the fewest tenants
+	Server      string         // where it lives; default: the server with most room, see ServerConfig.Weight
+	Isolation   Isolation      // how its data is kept apart; default: Config.Isolation
 	// DataSource is a place that Catalog.Prepare made, on any registered server; default: a new place.
 	DataSource *DataSource
 }
@@ -51,9 +53,17 @@ func (n *NewTenant) check() error {
 		}
 	}
 	n.Domains = domains
+	if n.Isolation != "" {
+		if err := n.Isolation.check(); err != nil {
+			return invalid(fmt.Errorf("isolation: %w", err))
+		}
+	}
 	if n.DataSource != nil {
 		if n.Server != "" {
 			return invalid(errors.New("server: a data source says where it lives; give one of the two"))
+		}
+		if n.Isolation != "" {
+			return invalid(errors.New("isolation: a data source is of a place that has one; give one of the two"))
 		}
 		if err := n.DataSource.validate(); err != nil {
 			return invalid(fmt.Errorf("data source: %w", err))
@@ -68,20 +78,24 @@ func (n *NewTenant) intent() []byte {
 	if n.DataSource != nil {
 		address = n.DataSource.Address() + "/" + n.DataSource.Schema
 	}
-	text, _ := json.Marshal([]any{n.Name, n.DisplayName, n.MaxUsers, n.Attributes, n.Admin, n.Domains, n.Server, address}) // checked before
+	request := []any{n.Name, n.DisplayName, n.MaxUsers, n.Attributes, n.Admin, n.Domains, n.Server, address}
+	if n.Isolation != "" { // one that says nothing is the same request as that of a release which did not ask
+		request = append(request, n.Isolation)
+	}
+	text, _ := json.Marshal(request) // checked before
 	sum := sha256.Sum256(text)
 	return sum[:]
 }
 
-// Create makes a tenant: roles, schema, marker row, grants and the service's migrations, and
+// Create makes a tenant: roles, schema or database, marker row, grants and the service's migrations, and
 // returns it once it is active. Every node serves it from then on.
 //
 // It blocks until the tenant is active. The same call again, on any node, resumes one that died
 // half-way and joins one that is running; for a name that is taken by anything else, also by a Create of the
 // same request that has ended before, the error is [ErrTenantExists]. Cancelling ctx ends the work between two steps; what was made is found by the next call.
 //
-// The error is [ErrInvalid], [ErrTenantExists], [ErrNoMigrations], [ErrNoProvisioner], [ErrInProgress],
-// [ErrPrimaryUnavailable] or that of the server or a migration.
+// The error is [ErrInvalid], [ErrTenantExists], [ErrNoMigrations], [ErrNoProvisioner], [ErrNoRoom], [ErrSetup] (a [*SetupError]: the server cannot
+// make databases; the text says what mends it, and nothing was made), [ErrInProgress], [ErrPrimaryUnavailable] or that of the server or a migration.
 func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 	const op = "create"
 	fail := func(id ID, err error) (Tenant, error) {
@@ -98,6 +112,9 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 	}
 	ctx, err := begin(ctx)
 	if err != nil {
+		return fail(0, err)
+	}
+	if err := c.checkNew(ctx, &n); err != nil {
 		return fail(0, err)
 	}
 	id, err := c.declare(ctx, &n)
@@ -143,6 +160,19 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 	return t, nil
 }
 
+// checkNew is checkServer for a tenant that is not declared yet. One that is has its server.
+func (c *Catalog) checkNew(ctx context.Context, n *NewTenant) error {
+	isolation := cmp.Or(n.Isolation, c.tn.cfg.Isolation)
+	if n.DataSource != nil || isolation != IsolationDatabase {
+		return nil
+	}
+	var declared bool
+	if err := c.tn.primary.pool.QueryRow(ctx, `SELECT count(*) > 0 FROM tenancy.tenants WHERE name = $1`, n.Name).Scan(&declared); err != nil || declared {
+		return unavailable("create", err)
+	}
+	return c.checkServer(ctx, n.Server, isolation)
+}
+
 // declare writes the intent: the tenant, its place, first member and domains, in one
 // transaction before anything is made. It returns the ID of the same intent written before.
 func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) {
@@ -150,9 +180,12 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 	err = c.tn.primary.transact(ctx, func(tx pgx.Tx) (err error) {
 		var uid UID
 		var source int64
+		isolation := cmp.Or(n.Isolation, c.tn.cfg.Isolation)
 		if n.DataSource == nil {
 			uid = newUID()
 		} else if uid, source, err = c.prepared(ctx, tx, *n.DataSource); err != nil {
+			return err
+		} else if err := tx.QueryRow(ctx, `SELECT isolation FROM tenancy.data_sources WHERE id = $1`, source).Scan(&isolation); err != nil {
 			return err
 		}
 		var maxUsers *int
@@ -161,7 +194,7 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 		}
 		err = tx.QueryRow(ctx, `INSERT INTO tenancy.tenants (uid, name, display_name, state, isolation, intent, max_users, attributes)
 			VALUES ($1, $2, $3, 'provisioning', $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING id`,
-			uid, n.Name, n.DisplayName, c.tn.cfg.Isolation, intent, maxUsers, n.Attributes).Scan(&id)
+			uid, n.Name, n.DisplayName, isolation, intent, maxUsers, n.Attributes).Scan(&id)
 		if isState(err, "23505") { // of the UID: the name has its own answer
 			return invalid(errors.New("data source: another tenant has this place"))
 		} else if errors.Is(err, pgx.ErrNoRows) {
@@ -170,7 +203,7 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 			return err
 		}
 		if n.DataSource == nil {
-			if source, err = c.intendPlace(ctx, tx, uid, n.Server); err != nil {
+			if source, err = c.intendPlace(ctx, tx, uid, n.Server, isolation); err != nil {
 				return err
 			}
 		}
@@ -227,34 +260,28 @@ func (c *Catalog) declared(ctx context.Context, tx pgx.Tx, n *NewTenant, intent 
 }
 
 // intendPlace chooses a server and writes the place that is to be made there, with a password of its own.
-func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, server string) (int64, error) {
-	var id int64
-	var d DataSource
-	err := tx.QueryRow(ctx, `SELECT id, host, port, database, tls, pooler, pooler_tls FROM tenancy.servers s
-		WHERE ($1 = '' AND provisioner IS NOT NULL) OR name = $1
-		ORDER BY (SELECT count(*) FROM tenancy.data_sources d WHERE d.server = s.id AND d.state <> 'dropped'), id LIMIT 1`, server).
-		Scan(&id, &d.Host, &d.Port, &d.Database, &d.TLS, &d.Pooler, &d.PoolerTLS)
-	if errors.Is(err, pgx.ErrNoRows) {
-		if server != "" {
-			return 0, invalid(fmt.Errorf("server: %q is not registered", server))
-		}
-		return 0, hinted(ErrNoProvisioner, "no server is registered: run tenancy.Init, or set Config.Server")
-	} else if err != nil {
+func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, server string, isolation Isolation) (int64, error) {
+	s, err := chooseServer(ctx, tx, server)
+	if err != nil {
 		return 0, err
 	}
+	d := s.address
 	password, err := scram.Password()
 	if err != nil {
 		return 0, err
 	}
-	base := ident.NewPlace()
+	base, database := ident.NewPlace(), ""
+	if isolation == IsolationDatabase {
+		d.Database, database = base, base
+	}
 	d.Schema, d.User, d.Password = base, base+"_l1", Secret(password)
 	sealed, err := c.tn.primary.sealSource(uid, "data_source", d)
 	if err != nil {
 		return 0, err
 	}
 	var source int64
-	err = tx.QueryRow(ctx, `INSERT INTO tenancy.data_sources (uid, server, schema, owner, runtime, login, sealed, state)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, 'intent') RETURNING id`, uid, id, d.Schema, base+"_o", base+"_r", d.User, sealed).Scan(&source)
+	err = tx.QueryRow(ctx, `INSERT INTO tenancy.data_sources (uid, server, isolation, database, schema, owner, runtime, login, sealed, state)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'intent') RETURNING id`, uid, s.id, isolation, database, d.Schema, base+"_o", base+"_r", d.User, sealed).Scan(&source)
 	return source, err
 }
 

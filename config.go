@@ -41,7 +41,8 @@ type Config struct {
 	// GoMigrations are migrations in code, beside the files. Default: none.
 	GoMigrations []GoMigration
 
-	// Isolation of tenants that Create makes. Default: IsolationSchema.
+	// Isolation of tenants that Create makes and whose NewTenant.Isolation says nothing. Those that exist keep theirs. With IsolationDatabase, Open
+	// checks that the servers can make databases. Default: IsolationSchema.
 	Isolation Isolation
 	// HostManagers are users of the host: they may work without a tenant. Default: none.
 	HostManagers []UserKey
@@ -165,7 +166,7 @@ type Limits struct {
 }
 
 // FromEnv returns a Config made of TENANCY_PRIMARY_URL, TENANCY_LISTEN_URL, TENANCY_HOST_URL,
-// TENANCY_KEYS, TENANCY_VALIDITY_CRON, TENANCY_SINGLE_TENANT, TENANCY_NODE_ADDRESS, TENANCY_SERVER_CONNS and TENANCY_NODES (numbers), and of
+// TENANCY_KEYS, TENANCY_ISOLATION, TENANCY_VALIDITY_CRON, TENANCY_SINGLE_TENANT, TENANCY_NODE_ADDRESS, TENANCY_SERVER_CONNS and TENANCY_NODES (numbers), and of
 // TENANCY_HOST_MANAGERS and TENANCY_ONLY_TENANTS (both comma separated). Variables that are not set
 // leave the default. An error names the variable, never its value.
 func FromEnv() (Config, error) {
@@ -173,6 +174,7 @@ func FromEnv() (Config, error) {
 		PrimaryURL:   os.Getenv("TENANCY_PRIMARY_URL"),
 		ListenURL:    os.Getenv("TENANCY_LISTEN_URL"),
 		HostURL:      os.Getenv("TENANCY_HOST_URL"),
+		Isolation:    Isolation(os.Getenv("TENANCY_ISOLATION")),
 		ValidityCron: os.Getenv("TENANCY_VALIDITY_CRON"),
 		SingleTenant: os.Getenv("TENANCY_SINGLE_TENANT"),
 		NodeAddress:  os.Getenv("TENANCY_NODE_ADDRESS"),
@@ -265,8 +267,8 @@ func (c Config) validate() error {
 	if c.Keys.IsZero() {
 		return invalid(errors.New("Config.Keys is required: make a key with tenancy.NewKey and read it with tenancy.ParseKeyring"))
 	}
-	if c.Isolation != IsolationSchema {
-		return invalid(fmt.Errorf("Config.Isolation: %q is not supported, only %q is", c.Isolation, IsolationSchema))
+	if err := c.Isolation.check(); err != nil {
+		return invalid(fmt.Errorf("Config.Isolation: %w", err))
 	}
 	for i, m := range c.HostManagers {
 		if err := ident.UserKey(string(m)); err != nil {

@@ -51,6 +51,8 @@ var (
 	ErrSetup = errors.New("tenancy: set-up is incomplete")
 	// ErrNoProvisioner: no provisioner login is known for the tenant's server.
 	ErrNoProvisioner = errors.New("tenancy: no provisioner for this server")
+	// ErrNoRoom: no server takes another tenant: those that could have as many places as their Capacity says, or take only tenants that name them.
+	ErrNoRoom = errors.New("tenancy: no server has room for the tenant")
 	// ErrNoMigrations: a tenant cannot be created without the service's migrations.
 	ErrNoMigrations = errors.New("tenancy: no migrations are configured")
 	// ErrNoHostData: Config.HostURL is not set.

@@ -24,13 +24,16 @@ type AdminConfig struct {
 	ServerAdminURL string
 	// Keys seal the provisioner's password in the primary, as in Config.Keys. Required.
 	Keys Keyring
-	// Extensions are created in tenancy_ext of the tenants' database. Default: none.
+	// Extensions are created in tenancy_ext of the tenants' database, and of the template. Default: none.
 	Extensions []string
+	// TenantDatabases is for tenants with [IsolationDatabase]: the provisioner gets CREATEDB, and the template is made that their
+	// databases are copied from, named after the tenants' database with _template behind it. Default: false, and the provisioner has no CREATEDB, nor keeps one.
+	TenantDatabases bool
 }
 
 // Format writes what can be shown, whatever the verb: URLs hold passwords.
 func (a AdminConfig) Format(f fmt.State, _ rune) {
-	fmt.Fprintf(f, "tenancy.AdminConfig{AdminURL: %s, PrimaryURL: %s, Server: %v, Keys: %v}", redactURL(a.AdminURL), redactURL(a.PrimaryURL), a.Server, a.Keys)
+	fmt.Fprintf(f, "tenancy.AdminConfig{AdminURL: %s, PrimaryURL: %s, Server: %v, Keys: %v, TenantDatabases: %t}", redactURL(a.AdminURL), redactURL(a.PrimaryURL), a.Server, a.Keys, a.TenantDatabases)
 }
 
 // MarshalText is Format for JSON and log/slog.
@@ -44,7 +47,7 @@ func (a AdminConfig) MarshalText() ([]byte, error) { return fmt.Append(nil, a), 
 // The error is [ErrInvalid], [ErrWrongKey], [ErrPrimaryUnavailable], a [*SetupError] or the server's.
 func Init(ctx context.Context, admin AdminConfig) error {
 	def(&admin.ServerAdminURL, admin.AdminURL)
-	name, server, err := admin.Server.parse()
+	registered, server, err := admin.Server.parse()
 	if err != nil {
 		return err
 	}
@@ -67,7 +70,7 @@ func Init(ctx context.Context, admin AdminConfig) error {
 	if admin.Keys.IsZero() {
 		return invalid(errors.New("AdminConfig.Keys is required"))
 	}
-	if err := initDatabase(ctx, "AdminURL", admin.AdminURL, catalog, false); err != nil {
+	if err := initDatabase(ctx, "AdminURL", admin.AdminURL, catalog, ""); err != nil {
 		return err
 	}
 	cfg := Config{PrimaryURL: admin.PrimaryURL, Keys: admin.Keys}.withDefaults()
@@ -81,16 +84,25 @@ func Init(ctx context.Context, admin AdminConfig) error {
 	if err := p.sameProvisioner(ctx, server); err != nil {
 		return err
 	}
-	if err := initDatabase(ctx, "ServerAdminURL", admin.ServerAdminURL, server, true); err != nil {
+	rights := "NOCREATEDB CREATEROLE"
+	if admin.TenantDatabases {
+		rights = "CREATEDB CREATEROLE"
+	}
+	if err := initDatabase(ctx, "ServerAdminURL", admin.ServerAdminURL, server, rights); err != nil {
 		return err
 	}
-	if err := initTenants(ctx, admin.ServerAdminURL, server, admin.Extensions); err != nil {
+	if err := initTenants(ctx, admin.ServerAdminURL, server, ident.Quote(tenantsRole(server.Database)), admin.Extensions); err != nil {
 		return err
 	}
-	if err := p.registerServer(ctx, name, server); err != nil {
+	if admin.TenantDatabases {
+		if err := initTemplate(ctx, admin.ServerAdminURL, server, admin.Extensions); err != nil {
+			return err
+		}
+	}
+	if err := p.registerServer(ctx, registered, server); err != nil {
 		return err
 	}
-	return errors.Join(p.verify(ctx), verifyServer(ctx, servers, server, len(admin.Extensions) > 0))
+	return errors.Join(p.verify(ctx), verifyServer(ctx, servers, server, len(admin.Extensions) > 0, admin.TenantDatabases))
 }
 
 // apart refuses one database for the primary and the tenants, under whatever address.
@@ -116,8 +128,8 @@ func apart(ctx context.Context, admin AdminConfig, catalog, server DataSource) e
 	return nil
 }
 
-// initDatabase makes a database and the login that owns it.
-func initDatabase(ctx context.Context, field, adminURL string, d DataSource, provisioner bool) error {
+// initDatabase makes a database and the login that owns it. rights are those of a provisioner, "" of the catalog login.
+func initDatabase(ctx context.Context, field, adminURL string, d DataSource, rights string) error {
 	conn, err := connectAdmin(ctx, field, adminURL, "")
 	if err != nil {
 		return err
@@ -137,33 +149,27 @@ func initDatabase(ctx context.Context, field, adminURL string, d DataSource, pro
 	if super {
 		return invalid(fmt.Errorf("login %q is a superuser: name another one, which Init makes", d.User))
 	}
-	verb, rights := "CREATE", "NOCREATEROLE"
+	verb, provisioner := "CREATE", rights != ""
 	if exists {
 		verb = "ALTER"
 	}
-	if provisioner {
-		rights = "CREATEROLE"
-	}
+	def(&rights, "NOCREATEDB NOCREATEROLE")
 	login, database := ident.Quote(d.User), ident.Quote(d.Database)
 	steps := []string{
-		verb + " ROLE " + login + " LOGIN NOCREATEDB " + rights + " PASSWORD " + ident.Literal(verifier),
+		verb + " ROLE " + login + " LOGIN " + rights + " PASSWORD " + ident.Literal(verifier),
 	}
-	var there, mine bool
-	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_database WHERE datname = $1`, d.Database).Scan(&there); err != nil {
-		return fmt.Errorf("tenancy: init: %w", err)
-	}
+	var mine bool
 	if err := conn.QueryRow(ctx, `SELECT rolsuper FROM pg_roles WHERE rolname = current_user`).Scan(&mine); err != nil {
 		return fmt.Errorf("tenancy: init: %w", err)
 	}
 	if !mine { // only a member may give a database away
 		steps = append(steps, grantMembership(conn, d.User, conn.Config().User))
 	}
-	if !there {
-		steps = append(steps, "CREATE DATABASE "+database+" OWNER "+login)
-	} else {
-		steps = append(steps, "ALTER DATABASE "+database+" OWNER TO "+login)
+	own, err := ownDatabase(ctx, conn, d.Database, d.User)
+	if err != nil {
+		return err
 	}
-	steps = append(steps, "REVOKE ALL ON DATABASE "+database+" FROM PUBLIC")
+	steps = append(steps, own...)
 	if provisioner {
 		group := ident.Quote(tenantsRole(d.Database))
 		var made bool
@@ -180,8 +186,44 @@ func initDatabase(ctx context.Context, field, adminURL string, d DataSource, pro
 	return execAll(ctx, conn, "init", steps)
 }
 
+// ownDatabase are the statements that make a database, or give it to its owner, and close it to all others.
+func ownDatabase(ctx context.Context, conn *pgx.Conn, name, owner string) ([]string, error) {
+	var there bool
+	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_database WHERE datname = $1`, name).Scan(&there); err != nil {
+		return nil, fmt.Errorf("tenancy: init: %w", err)
+	}
+	database := ident.Quote(name)
+	own := "CREATE DATABASE " + database + " OWNER " + ident.Quote(owner)
+	if there {
+		own = "ALTER DATABASE " + database + " OWNER TO " + ident.Quote(owner)
+	}
+	return []string{own, "REVOKE ALL ON DATABASE " + database + " FROM PUBLIC"}, nil
+}
+
+// initTemplate makes the database that tenants' own ones are copied from. What they share is open to everyone in it, which is whoever
+// may connect to the copy: its tenant.
+func initTemplate(ctx context.Context, adminURL string, d DataSource, extensions []string) error {
+	conn, err := connectAdmin(ctx, "ServerAdminURL", adminURL, "")
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtextextended('tenancy init', 0))`); err != nil {
+		return fmt.Errorf("tenancy: init: %w", err)
+	}
+	d.Database = templateOf(d.Database)
+	steps, err := ownDatabase(ctx, conn, d.Database, d.User)
+	if err != nil {
+		return err
+	}
+	if err := execAll(ctx, conn, "init", steps); err != nil {
+		return err
+	}
+	return initTenants(ctx, adminURL, d, "PUBLIC", extensions)
+}
+
 // initTenants closes the tenants' database but for what every tenant may share.
-func initTenants(ctx context.Context, adminURL string, d DataSource, extensions []string) error {
+func initTenants(ctx context.Context, adminURL string, d DataSource, tenants string, extensions []string) error {
 	conn, err := connectAdmin(ctx, "ServerAdminURL", adminURL, d.Database)
 	if err != nil {
 		return err
@@ -190,7 +232,7 @@ func initTenants(ctx context.Context, adminURL string, d DataSource, extensions 
 	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtextextended('tenancy init', 0))`); err != nil {
 		return fmt.Errorf("tenancy: init: %w", err)
 	}
-	group, provisioner := ident.Quote(tenantsRole(d.Database)), ident.Quote(d.User)
+	provisioner := ident.Quote(d.User)
 	steps := []string{"REVOKE ALL ON SCHEMA public FROM PUBLIC"}
 	for _, schema := range []string{extSchema, refSchema} {
 		var there bool
@@ -200,7 +242,7 @@ func initTenants(ctx context.Context, adminURL string, d DataSource, extensions 
 		if !there {
 			steps = append(steps, "CREATE SCHEMA "+schema+" AUTHORIZATION "+provisioner)
 		}
-		steps = append(steps, "REVOKE ALL ON SCHEMA "+schema+" FROM PUBLIC", "GRANT USAGE ON SCHEMA "+schema+" TO "+group)
+		steps = append(steps, "REVOKE ALL ON SCHEMA "+schema+" FROM PUBLIC", "GRANT USAGE ON SCHEMA "+schema+" TO "+tenants)
 	}
 	// To PUBLIC, which USAGE of the schema narrows down to the tenants: a default privilege of the group
 	// is gone after DROP OWNED BY group, which PostgreSQL allows to each of its members.

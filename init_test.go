@@ -27,8 +27,14 @@ func fleetName(tb testing.TB, f *tenancytest.Fleet) string {
 // uninitialised returns what Init needs for a fleet beside f that does not exist yet.
 func uninitialised(tb testing.TB, f *tenancytest.Fleet) tenancy.AdminConfig {
 	tb.Helper()
+	return uninitialisedAs(tb, f, "b")
+}
+
+// uninitialisedAs is uninitialised for one of several fleets; suffix ends their names.
+func uninitialisedAs(tb testing.TB, f *tenancytest.Fleet, suffix string) tenancy.AdminConfig {
+	tb.Helper()
 	old := fleetName(tb, f)
-	name := old + "b"
+	name := old + suffix
 	a := f.AdminConfig()
 	a.PrimaryURL, a.Server.URL = strings.ReplaceAll(a.PrimaryURL, old, name), strings.ReplaceAll(a.Server.URL, old, name)
 	atEnd(tb, f, name, `DROP DATABASE IF EXISTS {}_primary WITH (FORCE)`, `DROP DATABASE IF EXISTS {}_tenants WITH (FORCE)`,

@@ -317,8 +317,37 @@ func ownerOf(subjects []*subject, schema string) (*subject, *stay) {
 
 type noteRow struct{ tenant, title string }
 
-// tablesOfNotes returns the rows of every table called notes, whoever's it is, by schema.
+// tablesOfNotes returns the rows of every table called notes of a fleet, whoever's it is, by schema: in the tenants' database, and in those of one tenant each.
 func tablesOfNotes(tb testing.TB, admin *pgx.Conn) map[string][]noteRow {
+	tb.Helper()
+	ctx := context.Background()
+	found := notesIn(tb, admin)
+	rows, _ := admin.Query(ctx, `SELECT datname FROM pg_database WHERE datname ~ '^t_[0-9a-f]{20}$' AND datallowconn
+		AND datdba = (SELECT datdba FROM pg_database WHERE datname = current_database())`)
+	databases, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for _, name := range databases {
+		cc := admin.Config()
+		cc.Database = name
+		conn, err := pgx.ConnectConfig(ctx, cc)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		for schema, list := range notesIn(tb, conn) {
+			if found[schema] != nil || schema != name {
+				tb.Errorf("schema %s is in database %s", schema, name)
+			}
+			found[schema] = list
+		}
+		_ = conn.Close(ctx)
+	}
+	return found
+}
+
+// notesIn returns the rows of every table called notes of one database.
+func notesIn(tb testing.TB, admin *pgx.Conn) map[string][]noteRow {
 	tb.Helper()
 	ctx := context.Background()
 	rows, _ := admin.Query(ctx, `SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace

@@ -116,6 +116,7 @@ func newMachine(t *testing.T) *machine {
 		{4, m.trespass},
 	}, plainOperations...)}
 	f, abroad := tenancytest.NewFleet(t), tenancytest.NewFleet(t)
+	f.AllowDatabases(t)
 	for i := range m.nodes {
 		cfg := m.config(i)
 		cfg.Migrations = noteMigrations

@@ -20,7 +20,8 @@ func (m *machine) create(_ *subject, node int, _ tenancy.UserKey) {
 	}
 	s := &subject{name: fmt.Sprintf("tenant-%d", number), members: map[tenancy.UserKey][]membership{}}
 	from, catalog := time.Now(), m.nodes[node].Catalog()
-	t, err := catalog.Create(context.Background(), tenancy.NewTenant{Name: s.name})
+	as := []tenancy.Isolation{tenancy.IsolationSchema, tenancy.IsolationDatabase}[number%2]
+	t, err := catalog.Create(context.Background(), tenancy.NewTenant{Name: s.name, Isolation: as})
 	if err != nil {
 		m.found(failed, "create %s: %v", s.name, err)
 		return
@@ -126,7 +127,11 @@ func (m *machine) move(s *subject, node int, _ tenancy.UserKey) {
 		return
 	}
 	catalog := m.nodes[node].Catalog()
-	place, err := catalog.Prepare(context.Background(), s.id, "")
+	as := tenancy.IsolationDatabase // from one to the other, each time
+	if t, err := catalog.Tenant(context.Background(), s.id); err == nil && t.Isolation == as {
+		as = tenancy.IsolationSchema
+	}
+	place, err := catalog.Prepare(context.Background(), s.id, "", as)
 	if err != nil {
 		m.found(failed, "prepare for %s: %v", s.name, err)
 		return

@@ -18,15 +18,16 @@ import (
 // place is where a tenant's data lives, with the roles around it: owner (holds the schema,
 // migrates), runtime (NOLOGIN, holds the grants) and source.User (the login, a member of runtime).
 type place struct {
-	tenant  Tenant // zero but for the UID when no tenant was created on it yet
-	id      int64
-	state   string // intent, made, dropped
-	version int64
-	server  int64
-	source  DataSource
-	owner   string
-	runtime string
-	fenced  bool
+	tenant    Tenant // zero but for the UID when no tenant was created on it yet
+	id        int64
+	state     string // intent, made, dropped
+	isolation Isolation
+	version   int64
+	server    int64
+	source    DataSource
+	owner     string
+	runtime   string
+	fenced    bool
 
 	nextLogin  string // while a password is rotated; "": none
 	nextSealed []byte
@@ -60,10 +61,10 @@ func (c *Catalog) readPlace(ctx context.Context, where string, arg any) (*place,
 	p := place{}
 	var sealed, provisioner []byte
 	db := c.tn.primary
-	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.version, d.server, d.owner, d.runtime, d.sealed,
+	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
 		d.next_login, d.next_sealed, d.old_login, t.fenced IS NOT NULL, s.pooler, s.pooler_tls, s.provisioner
 		FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
-		WHERE `+where, arg), &p.id, &p.state, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
+		WHERE `+where, arg), &p.id, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
 		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, ErrTenantNotFound
@@ -91,13 +92,23 @@ func (c *Catalog) openProvisioner(p *place, sealed []byte) (err error) {
 	return err
 }
 
-// provisionerConn opens a session of the server's provisioner. It runs no tenant's code: its
-// search_path is the system's alone, and it never touches rows of a tenant's tables.
+// provisionerConn opens a session of the server's provisioner, in the server's own database: for roles, sessions and databases. It runs
+// no tenant's code: its search_path is the system's alone, and it never touches rows of a tenant's tables.
 func (p *place) provisionerConn(ctx context.Context) (*pgx.Conn, error) {
 	if !p.hasProvisioner {
 		return nil, errNoProvisioner
 	}
 	return connectProvisioner(ctx, p.servers, p.provisioner)
+}
+
+// insideConn is provisionerConn in the database where the place's schema is, which has to be there.
+func (p *place) insideConn(ctx context.Context) (*pgx.Conn, error) {
+	if !p.hasProvisioner {
+		return nil, errNoProvisioner
+	}
+	d := p.provisioner
+	d.Database = p.source.Database
+	return connectProvisioner(ctx, p.servers, d)
 }
 
 const (
@@ -129,14 +140,11 @@ func connectProvisioner(ctx context.Context, servers *servers, d DataSource) (*p
 // make brings the place into being. Each step looks before it acts, so that a run that died
 // anywhere is finished by the next one.
 func (c *Catalog) make(ctx context.Context, p *place) error {
-	conn, err := p.provisionerConn(ctx)
+	conn, err := c.tn.prepareServer(ctx, p)
 	if err != nil {
 		return err
 	}
 	defer closeConn(conn)
-	if err := c.tn.makeRoles(ctx, conn, p); err != nil {
-		return fmt.Errorf("make roles: %w", err)
-	}
 	if err := makeSchema(ctx, conn, p); err != nil {
 		return fmt.Errorf("make schema: %w", err)
 	}
@@ -156,6 +164,47 @@ func (c *Catalog) make(ctx context.Context, p *place) error {
 	return c.tn.proveLogin(ctx, p)
 }
 
+// prepareServer makes what the place's schema needs at the server, its roles and where it has one its database, and returns a
+// session of the provisioner where the schema is to be.
+func (tn *Tenancy) prepareServer(ctx context.Context, p *place) (*pgx.Conn, error) {
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := tn.makeAround(ctx, conn, p); err != nil {
+		closeConn(conn)
+		return nil, err
+	}
+	if p.isolation != IsolationDatabase {
+		return conn, nil
+	}
+	closeConn(conn) // before the other: a verb has no more connections than with a schema
+	return p.insideConn(ctx)
+}
+
+// makeAround makes what is around the place's schema.
+func (tn *Tenancy) makeAround(ctx context.Context, conn *pgx.Conn, p *place) error {
+	own := p.isolation == IsolationDatabase
+	if own { // before anything is made
+		found, err := findDatabase(ctx, conn, p)
+		if err == nil && !found.there {
+			err = ask(ctx, conn, databaseChecks(p.provisioner))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if err := tn.makeRoles(ctx, conn, p); err != nil {
+		return fmt.Errorf("make roles: %w", err)
+	}
+	if own {
+		if err := makeDatabase(ctx, conn, p); err != nil {
+			return fmt.Errorf("make database: %w", err)
+		}
+	}
+	return tn.setLogin(ctx, conn, p.source)
+}
+
 func (tn *Tenancy) makeRoles(ctx context.Context, conn *pgx.Conn, p *place) error {
 	for _, role := range []string{p.owner, p.runtime} {
 		if err := makeRole(ctx, conn, role, "NOLOGIN"); err != nil {
@@ -165,7 +214,15 @@ func (tn *Tenancy) makeRoles(ctx context.Context, conn *pgx.Conn, p *place) erro
 	if err := tn.makeLogin(ctx, conn, p, p.source); err != nil {
 		return err
 	}
-	return execAll(ctx, conn, "provision", []string{"GRANT " + ident.Quote(tenantsRole(p.source.Database)) + " TO " + ident.Quote(p.owner)})
+	return execAll(ctx, conn, "provision", joinTenants(p, p.owner))
+}
+
+// joinTenants makes the role one of those that may connect to the server's database. Those of a place with a database of its own may not.
+func joinTenants(p *place, role string) []string {
+	if p.isolation == IsolationDatabase {
+		return nil
+	}
+	return []string{"GRANT " + ident.Quote(tenantsRole(p.source.Database)) + " TO " + ident.Quote(role)}
 }
 
 // makeLogin makes d's user a login of the place: it gets its rights from the groups that it is a member of.
@@ -177,18 +234,11 @@ func (tn *Tenancy) makeLogin(ctx context.Context, conn *pgx.Conn, p *place, d Da
 	if err := makeRole(ctx, conn, d.User, tn.mayLogin()+" PASSWORD "+ident.Literal(verifier)); err != nil {
 		return err
 	}
-	err = execAll(ctx, conn, "provision", []string{
-		"GRANT " + ident.Quote(p.runtime) + " TO " + ident.Quote(d.User),
-		"GRANT " + ident.Quote(tenantsRole(d.Database)) + " TO " + ident.Quote(d.User),
-	})
-	if err != nil {
-		return err
-	}
-	return tn.setLogin(ctx, conn, d)
+	return execAll(ctx, conn, "provision", append(joinTenants(p, d.User), "GRANT "+ident.Quote(p.runtime)+" TO "+ident.Quote(d.User)))
 }
 
 // setLogin gives a login that goes through a pooler the settings that a direct one sends when it connects. Whether it has them is asked of a
-// session, in its proof.
+// session, in its proof. The database has to be there.
 func (tn *Tenancy) setLogin(ctx context.Context, conn *pgx.Conn, d DataSource) error {
 	if d.Pooler == "" {
 		return nil
@@ -437,6 +487,7 @@ func loginChecks(p *place, user string) []check {
 		{`NOT pg_has_role(` + login + `, ` + ident.Literal(p.owner) + `, 'MEMBER')`, "the login is a member of the owner", mendPlace},
 		{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + login, "the login has rights of the server's", mendPlace},
 	}
+	checks = append(checks, apartChecks(p, login)...)
 	for _, table := range []string{marker, version} {
 		checks = append(checks,
 			check{`has_table_privilege(` + login + `, ` + table + `, 'SELECT')`, "the login may not read " + table, mendPlace},

@@ -438,22 +438,10 @@ func TestReadmeSQLMakesWhatInitMakes(t *testing.T) {
 	t.Parallel()
 	f := tenancytest.NewFleet(t) // for its server and keys
 	prefix := strings.TrimSuffix(userOf(t, f.PrimaryURL), "_catalog") + "hand"
-	script := strings.ReplaceAll(readmeBlock(t, "sql", `\connect`), "app_", prefix+"_")
+	script := strings.ReplaceAll(readmeBlock(t, "sql", "\\connect app_tenants\n"), "app_", prefix+"_")
 	t.Cleanup(func() { dropByHand(t, f, prefix) })
 
-	admin := readmeConn(t, f, "postgres")
-	for line := range strings.Lines(script) {
-		switch line = strings.TrimSpace(line); {
-		case line == "":
-		case strings.HasPrefix(line, `\connect `):
-			admin = readmeConn(t, f, strings.TrimPrefix(line, `\connect `))
-		default:
-			if _, err := admin.Exec(t.Context(), line); err != nil {
-				t.Fatalf("%s: %v", line, err)
-			}
-		}
-	}
-
+	runByHand(t, f, script)
 	tn, err := tenancy.Open(t.Context(), tenancy.Config{
 		PrimaryURL: handURL(t, f, prefix+"_catalog", "secret-1", prefix+"_primary"),
 		Server:     &tenancy.ServerConfig{URL: handURL(t, f, prefix+"_provisioner", "secret-2", prefix+"_tenants")},
@@ -474,10 +462,43 @@ func TestReadmeSQLMakesWhatInitMakes(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	byInit, byHand := privilegesOf(t, f, strings.TrimSuffix(userOf(t, f.PrimaryURL), "_catalog")), privilegesOf(t, f, prefix)
-	if byInit != byHand {
-		t.Errorf("Init makes\n%s\nand the README\n%s", byInit, byHand)
+	compare := func(databases ...string) {
+		t.Helper()
+		byInit, byHand := privilegesOf(t, f, strings.TrimSuffix(userOf(t, f.PrimaryURL), "_catalog"), databases), privilegesOf(t, f, prefix, databases)
+		if byInit != byHand {
+			t.Errorf("Init makes\n%s\nand the README\n%s", byInit, byHand)
+		}
 	}
+	compare("_primary", "_tenants")
+
+	// And what tenants with a database of their own need.
+	f.AllowDatabases(t)
+	runByHand(t, f, strings.ReplaceAll(readmeBlock(t, "sql", "\\connect app_tenants_template\n"), "app_", prefix+"_"))
+	if _, err := tn.Catalog().Create(t.Context(), tenancy.NewTenant{Name: "globex", Isolation: tenancy.IsolationDatabase}); err != nil {
+		t.Fatal(err)
+	}
+	if err := tn.DB().QueryRow(tenancytest.Context(t, tn, "globex"), "select coalesce(max(title), '')::citext::text from notes").Scan(&empty); err != nil {
+		t.Fatal(err)
+	}
+	compare("_primary", "_tenants", "_tenants_template")
+}
+
+// runByHand runs statements, one a line, as psql does for a superuser.
+func runByHand(tb testing.TB, f *tenancytest.Fleet, script string) {
+	tb.Helper()
+	admin := readmeConn(tb, f, "postgres")
+	for line := range strings.Lines(script) {
+		switch line = strings.TrimSpace(line); {
+		case line == "":
+		case strings.HasPrefix(line, `\connect `):
+			admin = readmeConn(tb, f, strings.TrimPrefix(line, `\connect `))
+		default:
+			if _, err := admin.Exec(tb.Context(), line); err != nil {
+				tb.Fatalf("%s: %v", line, err)
+			}
+		}
+	}
+	_ = admin.Close(tb.Context()) // a template that somebody is connected to is not copied
 }
 
 func readmeConn(tb testing.TB, f *tenancytest.Fleet, database string) *pgx.Conn {
@@ -506,7 +527,7 @@ func handURL(tb testing.TB, f *tenancytest.Fleet, login, password, database stri
 }
 
 // privilegesOf describes a set-up without its names.
-func privilegesOf(tb testing.TB, f *tenancytest.Fleet, prefix string) string {
+func privilegesOf(tb testing.TB, f *tenancytest.Fleet, prefix string, databases []string) string {
 	tb.Helper()
 	var text strings.Builder
 	ask := func(database, sql string) {
@@ -522,7 +543,7 @@ func privilegesOf(tb testing.TB, f *tenancytest.Fleet, prefix string) string {
 	ask("postgres", `SELECT concat_ws(' ', datname, pg_get_userbyid(datdba), datacl) FROM pg_database WHERE starts_with(datname, '`+prefix+`_') ORDER BY 1`)
 	ask("postgres", `SELECT concat_ws(' ', roleid::regrole, member::regrole, admin_option) FROM pg_auth_members
 		WHERE starts_with(roleid::regrole::text, '`+prefix+`_') ORDER BY 1`)
-	for _, database := range []string{"_primary", "_tenants"} {
+	for _, database := range databases {
 		ask(prefix+database, `SELECT concat_ws(' ', nspname, pg_get_userbyid(nspowner), nspacl) FROM pg_namespace WHERE nspname IN ('public', 'tenancy_ext', 'tenancy_ref') ORDER BY 1`)
 		ask(prefix+database, `SELECT concat_ws(' ', defaclrole::regrole, defaclnamespace::regnamespace, defaclobjtype, defaclacl) FROM pg_default_acl WHERE defaclnamespace::regnamespace::text LIKE 'tenancy\_%' ORDER BY 1`)
 	}
@@ -543,7 +564,15 @@ func dropByHand(tb testing.TB, f *tenancytest.Fleet, prefix string) {
 	if err != nil {
 		tb.Errorf("drop: %v", err)
 	}
-	steps := []string{"DROP DATABASE IF EXISTS " + prefix + "_primary WITH (FORCE)", "DROP DATABASE IF EXISTS " + prefix + "_tenants WITH (FORCE)"}
+	rows, _ = conn.Query(ctx, `SELECT quote_ident(datname) FROM pg_database WHERE starts_with(pg_get_userbyid(datdba), $1)`, prefix+"_")
+	databases, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		tb.Errorf("drop: %v", err)
+	}
+	var steps []string
+	for _, name := range databases {
+		steps = append(steps, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)")
+	}
 	for _, role := range roles {
 		steps = append(steps, "DROP ROLE IF EXISTS "+role)
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/msmt-go/tenancy/internal/ident"
@@ -69,8 +68,8 @@ func (p *primaryDB) verify(ctx context.Context) error {
 	return err
 }
 
-// verifyServer checks the provisioner and the tenants' database, asked as the provisioner.
-func verifyServer(ctx context.Context, servers *servers, d DataSource, extensions bool) error {
+// verifyServer checks the provisioner and the tenants' database, asked as the provisioner, and with databases what tenants with a database of their own need.
+func verifyServer(ctx context.Context, servers *servers, d DataSource, extensions, databases bool) error {
 	conn, err := connectProvisioner(ctx, servers, d)
 	if err != nil {
 		return err
@@ -89,9 +88,6 @@ func verifyServer(ctx context.Context, servers *servers, d DataSource, extension
 		{`NOT has_database_privilege('public', current_database(), 'CONNECT')`,
 			fmt.Sprintf("every role may connect to the tenants' database %q", d.Database),
 			"REVOKE ALL ON DATABASE " + database + " FROM PUBLIC;"},
-		{`NOT has_schema_privilege('public', 'public', 'CREATE')`,
-			"every role may create in schema public of the tenants' database",
-			"REVOKE ALL ON SCHEMA public FROM PUBLIC; -- in database " + database},
 		{fmt.Sprintf(`SELECT count(*) = 1 FROM pg_roles WHERE rolname = %s`, ident.Literal(group)),
 			fmt.Sprintf("the role %q of all tenants is missing", group),
 			fmt.Sprintf("CREATE ROLE %s NOLOGIN;", ident.Quote(group))},
@@ -102,22 +98,51 @@ func verifyServer(ctx context.Context, servers *servers, d DataSource, extension
 			fmt.Sprintf("the provisioner %q may not grant the role %q of all tenants", d.User, group),
 			fmt.Sprintf("GRANT %s TO %s WITH ADMIN OPTION;", ident.Quote(group), login)},
 	}
+	checks = append(checks, sharedChecks(d, group, extensions)...)
+	err = ask(ctx, conn, checks)
+	if !databases {
+		return err
+	}
+	own := verifyDatabases(ctx, servers, conn, d, extensions)
+	var missing, more *SetupError
+	if errors.As(err, &missing) && errors.As(own, &more) {
+		return &SetupError{Missing: append(missing.Missing, more.Missing...)}
+	}
+	if err == nil {
+		err = own
+	}
+	return err
+}
+
+// everyone stands for PUBLIC, where a role is asked about.
+const everyone = "public"
+
+// sharedChecks are what has to be true, in the database d, of what its tenants share. who are they: the role of all tenants, or everyone who may connect.
+func sharedChecks(d DataSource, who string, extensions bool) []check {
+	login, database := ident.Quote(d.User), ident.Quote(d.Database)
+	role, grantee, from := `(SELECT oid FROM pg_roles WHERE rolname = `+ident.Literal(who)+`)`, ident.Quote(who), "PUBLIC, "+ident.Quote(who)
+	if who == everyone {
+		role, grantee, from = `'public'::name`, "PUBLIC", "PUBLIC"
+	}
+	checks := []check{{`NOT has_schema_privilege('public', 'public', 'CREATE')`,
+		fmt.Sprintf("every role may create in schema public of %q", d.Database),
+		"REVOKE ALL ON SCHEMA public FROM PUBLIC; -- in database " + database}}
 	for _, schema := range []string{extSchema, refSchema} {
 		if schema == extSchema && !extensions {
 			continue
 		}
-		of := `SELECT %s FROM pg_namespace n JOIN pg_roles r ON r.rolname = ` + ident.Literal(group) + ` WHERE nspname = ` + ident.Literal(schema)
+		of := `SELECT %s FROM pg_namespace n WHERE nspname = ` + ident.Literal(schema)
 		checks = append(checks,
 			check{fmt.Sprintf(`to_regnamespace(%s) IS NOT NULL`, ident.Literal(schema)),
 				fmt.Sprintf("schema %s is missing in %q", schema, d.Database),
 				fmt.Sprintf("CREATE SCHEMA %s AUTHORIZATION %s; -- in database %s", schema, login, database)},
-			check{fmt.Sprintf(of, `has_schema_privilege(r.oid, n.oid, 'USAGE')`),
+			check{fmt.Sprintf(of, `has_schema_privilege(`+role+`, n.oid, 'USAGE')`),
 				fmt.Sprintf("tenants may not use schema %s of %q", schema, d.Database),
-				fmt.Sprintf("GRANT USAGE ON SCHEMA %s TO %s; -- in database %s", schema, ident.Quote(group), database)},
-			check{fmt.Sprintf(of, `NOT has_schema_privilege(r.oid, n.oid, 'CREATE')`),
+				fmt.Sprintf("GRANT USAGE ON SCHEMA %s TO %s; -- in database %s", schema, grantee, database)},
+			check{fmt.Sprintf(of, `NOT has_schema_privilege(`+role+`, n.oid, 'CREATE')`),
 				fmt.Sprintf("tenants may create in schema %s of %q", schema, d.Database),
-				fmt.Sprintf("REVOKE CREATE ON SCHEMA %s FROM PUBLIC, %s; -- in database %s", schema, ident.Quote(group), database)},
+				fmt.Sprintf("REVOKE CREATE ON SCHEMA %s FROM %s; -- in database %s", schema, from, database)},
 		)
 	}
-	return ask(ctx, conn, slices.Clip(checks))
+	return checks
 }

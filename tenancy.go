@@ -1,4 +1,4 @@
-// Package tenancy gives a web service on PostgreSQL one schema and one login per customer, and
+// Package tenancy gives a web service on PostgreSQL one schema, or database, and one login per customer, and
 // runs every query in the caller's own, while the service's code stays as it was.
 //
 // A query for tenant A never reads or writes tenant B's rows, not even through injected SQL:
@@ -251,18 +251,19 @@ func (tn *Tenancy) verifyServers(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	databases := tn.cfg.Isolation == IsolationDatabase
 	if len(sources) == 0 && tn.cfg.Server != nil {
-		name, d, err := tn.cfg.Server.parse()
+		s, d, err := tn.cfg.Server.parse()
 		if err != nil {
 			return err
 		}
-		if err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions); err != nil {
+		if err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions, databases); err != nil {
 			return err
 		}
-		return tn.primary.registerServer(ctx, name, d)
+		return tn.primary.registerServer(ctx, s, d)
 	}
 	for _, d := range sources {
-		err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions)
+		err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions, databases)
 		if errors.Is(err, ErrSetup) {
 			return err
 		} else if err != nil {

@@ -2,6 +2,7 @@ package tenancy
 
 import (
 	"encoding/hex"
+	"fmt"
 	"unique"
 )
 
@@ -39,8 +40,21 @@ const (
 // Isolation is how a tenant's data is kept apart from that of others.
 type Isolation string
 
-// IsolationSchema keeps each tenant in a schema of its own, reached by a login of its own.
-const IsolationSchema Isolation = "schema"
+const (
+	// IsolationSchema keeps the tenant in a schema of its own, reached by a login of its own.
+	IsolationSchema Isolation = "schema"
+	// IsolationDatabase keeps the tenant in a database of its own, to which no other tenant can connect. Inside, all is as with IsolationSchema,
+	// so that the service's code and migrations are the same for both. It needs what [AdminConfig].TenantDatabases makes.
+	IsolationDatabase Isolation = "database"
+)
+
+func (i Isolation) check() error {
+	switch i {
+	case IsolationSchema, IsolationDatabase:
+		return nil
+	}
+	return fmt.Errorf("%q is not supported, only %q and %q are", i, IsolationSchema, IsolationDatabase)
+}
 
 // Role is what a user is within one tenant.
 type Role string
@@ -61,8 +75,8 @@ type Tenant struct {
 	Name        string // the unique slug; may be renamed
 	DisplayName string // free text
 	State       State
-	Isolation   Isolation
-	Generation  int64 // rises whenever the way to the tenant's data changes
+	Isolation   Isolation // of the place where its data is now
+	Generation  int64     // rises whenever the way to the tenant's data changes
 
 	realm realm
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"net/url"
+	"os"
 	"testing"
 	"time"
 
@@ -22,14 +23,15 @@ type Fleet struct {
 	Keys       tenancy.Keyring
 	KeyText    string // Keys for another process, as ParseKeyring reads it
 
-	prefix string
+	prefix     string
+	extensions []string
 }
 
 // NewFleet makes a fleet that is dropped when the test ends. extensions are created in tenancy_ext.
 func NewFleet(tb testing.TB, extensions ...string) *Fleet {
 	tb.Helper()
 	s := start(tb)
-	f := &Fleet{AdminURL: s.URL(), prefix: "t" + random(6)}
+	f := &Fleet{AdminURL: s.URL(), prefix: "t" + random(6), extensions: extensions}
 	f.PrimaryURL, f.ServerURL = f.url(tb, "catalog", "primary"), f.url(tb, "provisioner", "tenants")
 	var err error
 	if f.KeyText, err = tenancy.NewKey("test"); err != nil {
@@ -52,9 +54,28 @@ func (f *Fleet) AdminConfig(extensions ...string) tenancy.AdminConfig {
 	return tenancy.AdminConfig{AdminURL: f.AdminURL, PrimaryURL: f.PrimaryURL, Server: tenancy.ServerConfig{URL: f.ServerURL}, Keys: f.Keys, Extensions: extensions}
 }
 
-// Open opens a node on the fleet; it is closed when the test ends.
+// AllowDatabases has the fleet's server make tenants with a database of their own, as Open does by itself where cfg.Isolation is [tenancy.IsolationDatabase].
+func (f *Fleet) AllowDatabases(tb testing.TB) {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	admin := f.AdminConfig(f.extensions...)
+	admin.TenantDatabases = true
+	if err := tenancy.Init(ctx, admin); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// Open opens a node on the fleet; it is closed when the test ends. Where cfg.Isolation says nothing, the
+// environment's TENANCY_TEST_ISOLATION counts, so that a service's tests can be run once for each.
 func (f *Fleet) Open(tb testing.TB, cfg tenancy.Config) *tenancy.Tenancy {
 	tb.Helper()
+	if cfg.Isolation == "" {
+		cfg.Isolation = tenancy.Isolation(os.Getenv("TENANCY_TEST_ISOLATION"))
+	}
+	if cfg.Isolation == tenancy.IsolationDatabase {
+		f.AllowDatabases(tb)
+	}
 	cfg.PrimaryURL, cfg.ListenURL, cfg.Keys = f.PrimaryURL, "", f.Keys
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -121,9 +142,11 @@ func (f *Fleet) drop(tb testing.TB) {
 	defer conn.Close(ctx)
 	rows, _ := conn.Query(ctx, `SELECT m.member::regrole::text FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid WHERE g.rolname = $1`, f.prefix+"_tenants_tenants")
 	members, _ := pgx.CollectRows(rows, pgx.RowTo[string])
-	steps := []string{
-		fmt.Sprintf("DROP DATABASE IF EXISTS %s_primary WITH (FORCE)", f.prefix),
-		fmt.Sprintf("DROP DATABASE IF EXISTS %s_tenants WITH (FORCE)", f.prefix),
+	steps := []string{fmt.Sprintf("DROP DATABASE IF EXISTS %s_primary WITH (FORCE)", f.prefix)}
+	rows, _ = conn.Query(ctx, `SELECT quote_ident(datname) FROM pg_database WHERE pg_get_userbyid(datdba) = $1`, f.prefix+"_provisioner")
+	databases, _ := pgx.CollectRows(rows, pgx.RowTo[string]) // of all tenants, the template, and of one tenant each
+	for _, name := range databases {
+		steps = append(steps, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)")
 	}
 	var runtimes []string
 	rows, _ = conn.Query(ctx, `SELECT DISTINCT m.roleid::regrole::text FROM pg_auth_members m WHERE m.member::regrole::text = $1`, f.prefix+"_provisioner")

@@ -13,6 +13,8 @@
 // is gone when the test process is, however that ends. TENANCY_TEST_URL names a running server
 // to use instead, on which the tests may create databases and roles; TENANCY_PG_DOWNLOAD=on allows fetching
 // binaries where there are none. A running server is never used uninvited.
+//
+// TENANCY_TEST_ISOLATION=database runs the tests with a database for each tenant, where their Config.Isolation says nothing.
 package tenancytest
 
 import (

@@ -23,7 +23,19 @@ func TestMain(m *testing.M) {
 
 // TestAServiceIsTested is what a user's first test looks like.
 func TestAServiceIsTested(t *testing.T) {
+	for _, isolation := range []tenancy.Isolation{tenancy.IsolationSchema, tenancy.IsolationDatabase} {
+		t.Run(string(isolation), func(t *testing.T) {
+			t.Setenv("TENANCY_TEST_ISOLATION", string(isolation)) // as a user sets it for all tests of the service
+			aService(t, isolation)
+		})
+	}
+}
+
+func aService(t *testing.T, isolation tenancy.Isolation) {
 	tn := tenancytest.Open(t, tenancy.Config{Migrations: os.DirFS("../testdata/migrations")})
+	if made := tenancytest.Create(t, tn, "acme"); made.Isolation != isolation {
+		t.Errorf("made %+v, want isolation %s", made, isolation)
+	}
 	tenancytest.NoCrossing(t, tn, func(ctx context.Context) error {
 		tenant, err := tenancy.TenantFrom(ctx)
 		if err != nil {
@@ -53,8 +65,11 @@ func TestFleetsLeaveNothingBehind(t *testing.T) {
 	}
 	before := count()
 	t.Run("fleet", func(t *testing.T) {
-		tn := tenancytest.Open(t, tenancy.Config{Migrations: os.DirFS("../testdata/migrations")})
+		tn := tenancytest.Open(t, tenancy.Config{Migrations: os.DirFS("../testdata/migrations"), Isolation: tenancy.IsolationDatabase})
 		tenancytest.Create(t, tn, "acme")
+		if _, err := tn.Catalog().Create(t.Context(), tenancy.NewTenant{Name: "globex", Isolation: tenancy.IsolationSchema}); err != nil {
+			t.Error(err)
+		}
 		if err := tn.DB().QueryRow(tenancytest.Context(t, tn, "acme"), `SELECT 1`).Scan(new(int)); err != nil {
 			t.Error(err)
 		}

@@ -26,6 +26,7 @@ var errUsage = errors.New("usage")
 // database is a PostgreSQL on which the library is set up.
 type database struct {
 	throwAway  bool // it ends with this program
+	isolation  tenancy.Isolation
 	primaryURL string
 	keys       tenancy.Keyring
 	keyText    string
@@ -35,8 +36,8 @@ type database struct {
 
 // openDatabase sets the library up on the administrator's server, or, with "", on one that lives as long
 // as this program, however that ends.
-func openDatabase(ctx context.Context, adminURL string) (*database, error) {
-	db := &database{stop: func() error { return nil }}
+func openDatabase(ctx context.Context, adminURL string, isolation tenancy.Isolation) (*database, error) {
+	db := &database{isolation: isolation, stop: func() error { return nil }}
 	if adminURL == "" {
 		server, err := pgembed.Start(ctx, pgembed.Options{Download: true, Own: true})
 		if err != nil {
@@ -74,6 +75,8 @@ func (db *database) setUp(ctx context.Context, adminURL string) (err error) {
 		PrimaryURL: db.primaryURL,
 		Server:     tenancy.ServerConfig{URL: loginURL(admin, db.keyText, "quickstart_provisioner", tenantsDatabase)},
 		Keys:       db.keys,
+		// Tenants of both kinds can live in one fleet; a provisioner gets the right to make databases where they are wanted.
+		TenantDatabases: db.isolation == tenancy.IsolationDatabase,
 	})
 }
 
@@ -118,7 +121,11 @@ func greet(addr net.Addr, db *database) {
 	fmt.Printf("  curl -u alice@acme.test:demo http://%s/notes\n", addr)
 	fmt.Printf("  curl -u bob@globex.test:demo http://%s/notes\n", addr)
 	fmt.Printf("  curl -u carol@both.test:demo -H 'X-Tenant: acme' http://%s/notes\n", addr)
-	fmt.Printf("\nevery tenant's table:\n\n  psql '%s' -c '\\dt *.notes'\n", db.psqlURL)
+	what, list := "table", `\dt *.notes`
+	if db.isolation == tenancy.IsolationDatabase {
+		what, list = "database", `\l t_*`
+	}
+	fmt.Printf("\nevery tenant's %s:\n\n  psql '%s' -c '%s'\n", what, db.psqlURL, list)
 	if db.throwAway {
 		fmt.Printf("\na program of yours on the same tenants:\n\n  export TENANCY_PRIMARY_URL='%s' TENANCY_KEYS='%s'\n", db.primaryURL, db.keyText)
 	}

@@ -2,6 +2,8 @@
 //
 //	go run ./examples/quickstart -addr 127.0.0.1:8080
 //
+// Each tenant has a schema, or with -isolation database a database. The service is the same.
+//
 // This file is what the library asks of a service, notes.go is the service, and database.go
 // stands in for the PostgreSQL and the secret store that a service has anyway.
 package main
@@ -34,6 +36,7 @@ var migrations embed.FS
 func main() {
 	addr := flag.String("addr", "127.0.0.1:8080", "`host:port` to listen on")
 	url := flag.String("database", "", "administrator's `URL` of a PostgreSQL to use; default: a throw-away one of its own")
+	isolation := flag.String("isolation", string(tenancy.IsolationSchema), "what each tenant has of its own: schema or database")
 	flag.Parse()
 	if flag.NArg() > 0 {
 		flag.Usage()
@@ -41,7 +44,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second Ctrl-C does not wait
-	err := run(ctx, *addr, *url)
+	err := run(ctx, *addr, *url, tenancy.Isolation(*isolation))
 	if err == nil || ctx.Err() != nil && errors.Is(err, context.Canceled) {
 		return
 	}
@@ -52,19 +55,19 @@ func main() {
 	os.Exit(1)
 }
 
-func run(ctx context.Context, addr, adminURL string) (err error) {
+func run(ctx context.Context, addr, adminURL string, isolation tenancy.Isolation) (err error) {
 	listener, err := net.Listen("tcp", addr) // first: a taken address is found out before anything is made
 	if err != nil {
 		return err
 	}
 	defer listener.Close()
-	db, err := openDatabase(ctx, adminURL)
+	db, err := openDatabase(ctx, adminURL, isolation)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, db.stop()) }()
 
-	tn, err := tenancy.Open(ctx, tenancy.Config{PrimaryURL: db.primaryURL, Keys: db.keys, Migrations: migrations})
+	tn, err := tenancy.Open(ctx, tenancy.Config{PrimaryURL: db.primaryURL, Keys: db.keys, Migrations: migrations, Isolation: isolation})
 	if err != nil {
 		return err
 	}

@@ -139,9 +139,21 @@ func (p *program) get(t *testing.T, path, user string) answer {
 	return p.do(t, "GET", path, user, "demo", "")
 }
 
+// TestContract is what a caller sees of the service, which does not know what its tenants have of their own.
 func TestContract(t *testing.T) {
 	t.Parallel()
-	p := start(t, nil)
+	for _, isolation := range isolations {
+		t.Run(isolation, func(t *testing.T) {
+			t.Parallel()
+			testContract(t, isolation)
+		})
+	}
+}
+
+var isolations = []string{"schema", "database"}
+
+func testContract(t *testing.T, isolation string) {
+	p := start(t, nil, "-isolation", isolation)
 	const alice, bob = "alice@acme.test", "bob@globex.test"
 
 	if !slices.Contains(p.lines, "pid "+strconv.Itoa(p.cmd.Process.Pid)) || !slices.Contains(p.lines, "listening on "+p.base) {
@@ -187,7 +199,16 @@ func TestContract(t *testing.T) {
 // TestWhatARequestSaysOfItsTenant tries each way to name one, for a user of it, of another, of both and of none.
 func TestWhatARequestSaysOfItsTenant(t *testing.T) {
 	t.Parallel()
-	p := start(t, nil)
+	for _, isolation := range isolations {
+		t.Run(isolation, func(t *testing.T) {
+			t.Parallel()
+			testWhatARequestSays(t, isolation)
+		})
+	}
+}
+
+func testWhatARequestSays(t *testing.T, isolation string) {
+	p := start(t, nil, "-isolation", isolation)
 	const alice, bob, carol, mallory = "alice@acme.test", "bob@globex.test", "carol@both.test", "mallory@nowhere.test"
 	const ofAcme, ofGlobex = `[{"id":1,"title":"of acme"}]`, `[{"id":1,"title":"of globex"}]`
 	p.do(t, "POST", "/notes", alice, "demo", `{"title":"of acme"}`)
