@@ -160,3 +160,24 @@ func someKeys(t *testing.T) tenancy.Keyring {
 	}
 	return keys
 }
+
+// TestAPoolThatIsNotCountedMakesItsOwnConnections: a hook has replaced our dialer, so the account sees none of its sockets.
+func TestAPoolThatIsNotCountedMakesItsOwnConnections(t *testing.T) {
+	_, tn, ctx, _ := limited(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: time.Second},
+		PoolBuilder: tenancy.PoolBuilderFunc(func(ctx context.Context, _ tenancy.Tenant, cfg *pgxpool.Config) (*pgxpool.Pool, error) {
+			ours := cfg.BeforeConnect
+			cfg.BeforeConnect = func(ctx context.Context, cc *pgx.ConnConfig) error {
+				err := ours(ctx, cc)
+				cc.DialFunc = (&net.Dialer{}).DialContext
+				return err
+			}
+			return pgxpool.NewWithConfig(ctx, cfg)
+		})})
+	for range 3 {
+		tx, err := tn.DB().Begin(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer tx.Rollback(context.Background())
+	}
+}

@@ -274,7 +274,7 @@ func (p *tenantPool) guardDials(cfg *pgxpool.Config, pins pins) {
 	user := cfg.BeforeConnect
 	cfg.BeforeConnect = func(ctx context.Context, cc *pgx.ConnConfig) error {
 		// Connections are made for the account. A caller who dialled would wait for that one alone, and past the breaker.
-		if ctx.Value(idleOnly{}) != nil || sessionOf(ctx) != nil && p.built.Load() {
+		if ctx.Value(idleOnly{}) != nil || sessionOf(ctx) != nil && p.built.Load() && p.account.Bounds() {
 			return budget.ErrNoPermit
 		}
 		dial := cc.DialFunc
@@ -314,6 +314,9 @@ func (w wrapped) NetConn() net.Conn { return w.under }
 func (p *tenantPool) guardErrors(cc *pgx.ConnConfig) {
 	user := cc.OnPgError
 	cc.OnPgError = func(conn *pgconn.PgConn, err *pgconn.PgError) bool {
+		if c := budget.Of(conn.Conn()); c != nil && err.SeverityUnlocalized == "FATAL" {
+			c.LastWords() // pgx closes it next, and TLS says good-bye of its own
+		}
 		if p.built.Load() && outdates(conn, err) {
 			p.pool.Reset()
 		}

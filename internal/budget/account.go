@@ -75,7 +75,10 @@ func newWaiter() any { return &waiter{ready: make(chan error, 1)} }
 func (w *waiter) stale() bool { return w.missed > 1 }
 
 // attempt is one call of Connect, and its permit. Which of several calls a dial belongs to is not known: it takes the oldest permit.
-type attempt struct{ over bool }
+type attempt struct {
+	over   bool
+	parked int // sockets of it that came to nothing and are not gone yet
+}
 
 const (
 	oneBusy   = 1
@@ -446,6 +449,9 @@ func (a *Account) connected(at *attempt, retry time.Duration, err error) {
 	a.making--
 	a.failed = err
 	at.over = true
+	for ; at.parked > 0; at.parked-- { // they go by themselves, and are no connection any more
+		a.add(-oneConn)
+	}
 	if i := slices.Index(a.unclaimed, at); i >= 0 { // it needed no socket, or got none
 		a.unclaimed = slices.Delete(a.unclaimed, i, i+1)
 		a.add(-oneConn)

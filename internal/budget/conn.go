@@ -34,13 +34,15 @@ type Conn struct {
 	stir    *stirrer // nil: there is no socket to look at
 
 	closed atomic.Bool
+	over   atomic.Bool  // it is known how it ended
 	ended  atomic.Bool  // the server has closed its end, before what was written last had reached it
-	owed   atomic.Bool  // when it was closed on this side, what was written last had not reached the server
+	owed   atomic.Bool  // what was written last had not reached the server when it said its last words
 	inUse  sync.RWMutex // held for reading by every Read and Write
 	freed  sync.Once
 
 	// Guarded by server.mu.
 	doomed bool // no longer counted among the account's connections
+	parked bool // its attempt keeps its place there, and its permit, for the next address
 	gone   bool // nor among the server's
 	late   bool // nor among those that make room
 }
@@ -61,7 +63,12 @@ func (c *Conn) doomLocked() {
 		c.server.closing++
 		time.AfterFunc(lingerUsual, c.delayed)
 	}
-	if c.account != nil {
+	switch {
+	case c.account == nil:
+	case c.attempt != nil && !c.attempt.over && !c.route.established.Load():
+		c.parked = true
+		c.attempt.parked++
+	default:
 		c.account.add(-oneConn)
 		c.account.growLocked()
 	}
@@ -81,10 +88,6 @@ func (c *Conn) delayed() {
 
 // Close says good-bye and returns; the rest happens in the background.
 func (c *Conn) Close() error {
-	if c.closed.Load() {
-		return net.ErrClosed
-	}
-	c.owed.Store(c.owes())
 	if c.closed.Swap(true) {
 		return net.ErrClosed
 	}
@@ -135,8 +138,9 @@ func (c *Conn) release() {
 			delete(c.account.open, c)
 			c.account.settleLocked()
 		}
-		if c.attempt != nil && !c.attempt.over && !c.route.established.Load() {
-			c.account.keepLocked(c.attempt)
+		if c.parked && !c.attempt.over {
+			c.attempt.parked--
+			c.account.unclaimed = append(c.account.unclaimed, c.attempt)
 			return
 		}
 		c.free()
@@ -152,14 +156,23 @@ func (c *Conn) Read(b []byte) (int, error) {
 	}
 	defer c.inUse.RUnlock()
 	n, err := c.Conn.Read(b)
-	if err == io.EOF && c.owes() {
-		c.ended.Store(true)
+	// The first failure decides. After it pgx says good-bye and reads on in the background: the end that it meets then, after a reset too, has nothing to
+	// do with what the service has written.
+	if err != nil && !c.over.Swap(true) {
+		c.ended.Store(err == io.EOF && c.owes())
 	}
 	return n, err
 }
 
+// LastWords tells that an error with which the server ends the session was read, before anything else is written.
+func (c *Conn) LastWords() {
+	if !c.over.Swap(true) {
+		c.owed.Store(c.owes())
+	}
+}
+
 // Unheard says of a connection that has failed whether the server cannot have heard what was written last, as far as this system can tell. lastWords says that the
-// server's last words were read: an error with which it ends the session. They, like the end of the stream, tell how much of
+// server's last words were read, of which [Conn.LastWords] was told. They, like the end of the stream, acknowledge how much of
 // what was written has arrived where they come from; what has not by then is never read. An end without them (a reset) tells nothing.
 func (c *Conn) Unheard(lastWords bool) bool { return c.ended.Load() || lastWords && c.owed.Load() }
 
@@ -344,12 +357,6 @@ func (a *Account) unclaim(at *attempt) {
 	a.settleLocked()
 	a.growLocked()
 	s.freeLocked()
-}
-
-// keepLocked gives the permit of a socket that came to nothing back to its attempt, for the next address.
-func (a *Account) keepLocked(at *attempt) {
-	a.add(oneConn)
-	a.unclaimed = append(a.unclaimed, at)
 }
 
 // servingLocked says whether a connection is logged in and not on its way out.

@@ -693,3 +693,66 @@ func TestHangUpKeepsThePermitsUntilTheServerHasLetGo(t *testing.T) {
 		}
 	})
 }
+
+func TestAPermitThatWaitsForItsSocketIsNoRoomForAnother(t *testing.T) {
+	in(t, 20, func(t *testing.T, w *world) {
+		p := w.pool(1, 2)
+		held := w.take(p)
+		w.b.slow(0, 20*ms)
+		p.connect = func() (time.Duration, error) {
+			making, _ := budget.Making(context.Background())
+			route := p.account.Route(p.dial)
+			first, err := route.Dial(making, "tcp", "one:5432")
+			if err != nil {
+				return 0, err
+			}
+			first.Close() // and those who wait must not have another one made meanwhile
+			second, err := route.Dial(making, "tcp", "two:5432")
+			if err != nil {
+				return 0, err
+			}
+			c := second.(*budget.Conn)
+			c.Established()
+			p.put(c)
+			return 0, nil
+		}
+		var line []*call
+		for range 6 {
+			line = append(line, w.call(p))
+		}
+		time.Sleep(time.Second)
+		if u := p.account.Usage(); u.Conns != 2 {
+			t.Errorf("%d connections, the ceiling is 2", u.Conns)
+		}
+		p.give(held)
+		for _, c := range line {
+			c.give()
+		}
+	})
+}
+
+func TestAnAttemptThatFailsAtEachAddressLeavesNothingBehind(t *testing.T) {
+	in(t, 2, func(t *testing.T, w *world) {
+		p := w.pool(1, 2)
+		w.b.slow(0, 20*ms)
+		refused := errors.New("it speaks no PostgreSQL")
+		p.connect = func() (time.Duration, error) {
+			making, _ := budget.Making(context.Background())
+			route := p.account.Route(p.dial)
+			for _, addr := range []string{"one:5432", "two:5432"} {
+				c, err := route.Dial(making, "tcp", addr)
+				if err != nil {
+					return 0, err
+				}
+				c.Close()
+			}
+			return 0, refused
+		}
+		if _, err := p.take(t.Context(), time.Second); !errors.Is(err, refused) {
+			t.Errorf("take: %v", err)
+		}
+		if u := p.account.Usage(); u.Conns != 0 || u.Busy != 0 {
+			t.Errorf("%+v", u)
+		}
+	})
+}

@@ -50,6 +50,9 @@ func TestWhatTheServerCannotHaveHeardIsKnown(t *testing.T) {
 			} else if _, err := io.ReadFull(conn, make([]byte, len("bye"))); err != nil {
 				t.Fatal(err)
 			}
+			conn.LastWords()
+			_, _ = conn.Write([]byte("good-bye of TLS, or of pgx"))
+			_, _ = io.Copy(io.Discard, conn)
 			conn.Close()
 			if got := conn.Unheard(false); got != c.ended {
 				t.Errorf("Unheard(false) is %v", got)
