@@ -46,6 +46,9 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string, isolation .
 		if t.State == StateDeleted || t.State == StatePurged {
 			return fail(ErrTenantGone)
 		}
+		if err := sharedStays(t.Isolation); err != nil {
+			return fail(err)
+		}
 		uid = t.UID
 		def(&as, t.Isolation)
 	} else { // or the validity job could take the place for one that a crash has left
@@ -57,12 +60,15 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string, isolation .
 		ctx = held
 	}
 	def(&as, c.tn.cfg.Isolation)
+	if err := sharedStays(as); err != nil {
+		return fail(err)
+	}
 	if err := c.checkServer(ctx, server, as); err != nil {
 		return fail(err)
 	}
 	var source int64
 	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) (err error) {
-		if source, err = c.intendPlace(ctx, tx, uid, server, as); err != nil {
+		if source, err = c.intendPlace(ctx, tx, uid, id, server, as); err != nil {
 			return err
 		}
 		return audit(ctx, tx, "prepare", id, map[string]any{"server": server, "isolation": as})
@@ -154,6 +160,11 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		return fail(err)
 	}
 	to.tenant = now.tenant
+	if to.id != now.id {
+		if err := sharedStays(now.isolation, to.isolation); err != nil {
+			return fail(err)
+		}
+	}
 	if d.Pooler != "" && (d.Pooler != to.pooler || d.PoolerTLS != to.poolerTLS) {
 		return fail(invalid(fmt.Errorf("data source: the place's server is registered with the pooler %q and TLS %q: see Catalog.AddServer", to.pooler, to.poolerTLS)))
 	}
@@ -383,7 +394,7 @@ func (c *Catalog) dropUnused(ctx context.Context, p *place) error {
 	if err := fencePlace(ctx, p, atWork, 0); err != nil {
 		return err
 	}
-	if err := dropPlace(ctx, p, &Receipt{}); err != nil {
+	if err := c.dropPlace(ctx, p, &Receipt{}); err != nil {
 		return err
 	}
 	_, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET `+placeGone+` WHERE id = $1 AND state = 'intent'`, p.id)
@@ -415,10 +426,10 @@ func (c *Catalog) placeByID(ctx context.Context, id int64) (*place, error) {
 	var sealed, provisioner []byte
 	db := c.tn.primary
 	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
-		d.next_login, d.next_sealed, d.old_login, s.pooler, s.pooler_tls, s.provisioner
+		d.next_login, d.next_sealed, d.old_login, d.promised, s.pooler, s.pooler_tls, s.provisioner
 		FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE d.id = $1`, id).
 		Scan(&p.tenant.UID, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
-			&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.pooler, &p.poolerTLS, &provisioner)
+			&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.pooler, &p.poolerTLS, &provisioner)
 	if err != nil {
 		return nil, unavailable("read place", err)
 	}

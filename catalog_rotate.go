@@ -100,7 +100,7 @@ func (c *Catalog) intendLogin(ctx context.Context, p *place) error {
 	}
 	p.next = p.source
 	p.next.Pooler, p.next.PoolerTLS = p.pooler, p.poolerTLS // as the server is registered now
-	p.next.User, p.next.Password = nextLogin(p.source.Schema, p.source.User), Secret(password)
+	p.next.User, p.next.Password = nextLogin(p.base(), p.source.User), Secret(password)
 	sealed, err := db.sealSource(p.tenant.UID, "next_login", p.next)
 	if err != nil {
 		return err
@@ -124,6 +124,14 @@ func nextLogin(place, login string) string {
 	return place + "_l" + strconv.Itoa(n+1)
 }
 
+// base is what the place's logins are named after: its schema, unless that is also others'.
+func (p *place) base() string {
+	if p.isolation == IsolationShared {
+		return p.source.User[:max(0, strings.LastIndex(p.source.User, "_l"))]
+	}
+	return p.source.Schema
+}
+
 // makeNextLogin makes the login at the server, asks whether it has the rights that it should, and logs in with it.
 func (c *Catalog) makeNextLogin(ctx context.Context, p *place) error {
 	conn, err := p.insideConn(ctx)
@@ -142,8 +150,12 @@ func (c *Catalog) makeNextLogin(ctx context.Context, p *place) error {
 	if err := c.tn.setLogin(ctx, conn, p.next); err != nil {
 		return err
 	}
-	// What the old login owns is the new one's before it is given to it: both work at once for a while.
-	if err := execAll(ctx, conn, opRotate, []string{"GRANT " + ident.Quote(p.source.User) + " TO " + ident.Quote(p.next.User)}); err != nil {
+	if p.isolation == IsolationShared { // where a login that may become another is refused
+		if err := c.admit(ctx, conn, p, p.next.User); err != nil {
+			return err
+		}
+	} else if err := execAll(ctx, conn, opRotate, []string{"GRANT " + ident.Quote(p.source.User) + " TO " + ident.Quote(p.next.User)}); err != nil {
+		// What the old login owns is the new one's before it is given to it: both work at once for a while.
 		return err
 	}
 	if err := ask(ctx, conn, loginChecks(p, p.next.User)); err != nil {
@@ -242,6 +254,11 @@ func (c *Catalog) dropLogin(ctx context.Context, p *place, login string) (err er
 	defer closeConn(conn)
 	if err := closeLogins(ctx, conn, []string{login}, nil, leaving(login == p.oldLogin && p.oldPooled), c.tn.cfg.DrainTimeout); err != nil {
 		return err
+	}
+	if p.isolation == IsolationShared {
+		if err := p.wall().Dismiss(ctx, conn, login); err != nil {
+			return err
+		}
 	}
 	var there bool
 	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, login).Scan(&there); err != nil || !there {

@@ -150,7 +150,7 @@ func TestContract(t *testing.T) {
 	}
 }
 
-var isolations = []string{"schema", "database"}
+var isolations = []string{"schema", "database", "shared"}
 
 func testContract(t *testing.T, isolation string) {
 	p := start(t, nil, "-isolation", isolation)
