@@ -2,6 +2,7 @@ package tenancy_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
@@ -409,5 +410,59 @@ func TestAPreparedPlacePromisesItsNumber(t *testing.T) {
 	var id int64
 	if err := tn.DB().QueryRow(tenancytest.Context(t, tn, "acme"), `SELECT tenant_id FROM plans`).Scan(&id); err != nil || tenancy.ID(id) != made.ID {
 		t.Errorf("its row is of tenant %d and not of %d: %v", id, made.ID, err)
+	}
+}
+
+// COPY FROM is refused by a table with policies: rows are inserted, and what can be told apart is the number of round trips.
+func TestRowsAreCopiedIntoASharedSchema(t *testing.T) {
+	t.Parallel()
+	_, tn, _, globex, _ := sharedFleet(t)
+	ctx := tenancytest.Context(t, tn, "acme")
+	notes, columns := pgx.Identifier{"notes"}, []string{"id", "tenant", "title"}
+	rows := func(from, to int) pgx.CopyFromSource {
+		return pgx.CopyFromSlice(to-from, func(i int) ([]any, error) {
+			if from+i == 13_000 {
+				return nil, errors.New("the source failed")
+			}
+			return []any{int64(from + i), "acme", fmt.Sprint(i)}, nil
+		})
+	}
+	count := func() int {
+		var n int
+		if err := tn.DB().QueryRow(ctx, `SELECT count(*) FROM notes`).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if n, err := tn.DB().CopyFrom(ctx, notes, columns, rows(10_000, 10_501)); n != 501 || err != nil || count() != 502 {
+		t.Errorf("copied %d of 501: %v; the table has %d rows", n, err, count())
+	}
+	if n, err := tn.DB().CopyFrom(ctx, notes, columns, rows(12_500, 13_100)); n != 0 || err == nil || count() != 502 {
+		t.Errorf("copied %d of a source that fails: %v; the table has %d rows", n, err, count())
+	}
+	if n, err := tn.DB().CopyFrom(ctx, notes, columns, rows(9_500, 10_100)); n != 0 || sqlState(err) != "23505" || count() != 502 {
+		t.Errorf("copied %d rows, some of which were there: %v; the table has %d rows", n, err, count())
+	}
+	if n, err := tn.DB().CopyFrom(ctx, notes, columns, rows(0, 0)); n != 0 || err != nil {
+		t.Errorf("copied %d of none: %v", n, err)
+	}
+	err := tn.DB().InTx(ctx, pgx.TxOptions{}, func(ctx context.Context, tx pgx.Tx) error {
+		if n, err := tx.CopyFrom(ctx, notes, columns, rows(20_000, 20_300)); n != 300 || err != nil {
+			t.Errorf("copied %d of 300 in a transaction: %v", n, err)
+		}
+		if n, err := tx.CopyFrom(ctx, notes, columns, rows(12_500, 13_100)); n != 0 || err == nil {
+			t.Errorf("copied %d of a source that fails: %v", n, err)
+		}
+		return nil
+	})
+	if err != nil || count() != 802 {
+		t.Errorf("transaction: %v; the table has %d rows", err, count())
+	}
+	_, err = tn.DB().CopyFrom(ctx, notes, []string{"tenant_id", "tenant", "title"}, pgx.CopyFromRows([][]any{{int64(globex.ID), "globex", "evil"}}))
+	if sqlState(err) != "42501" {
+		t.Errorf("copied into another tenant: %v, want 42501", err)
+	}
+	if n := scan[int](t, login(t, tn, globex.ID), `SELECT count(*) FROM notes`); n != 1 {
+		t.Errorf("the other sees %d rows", n)
 	}
 }
