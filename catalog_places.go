@@ -16,7 +16,7 @@ import (
 //
 // server is the one to make it on, "" for that with most room. isolation, at most one, is that of the place, and becomes the tenant's when it moves
 // there; without, it is the tenant's own, and Config.Isolation for a new one.
-// The error is as that of Create.
+// The error is as that of Create, and [ErrInvalid] for a tenant with [IsolationShared], or a place of that kind: such tenants do not move.
 func (c *Catalog) Prepare(ctx context.Context, id ID, server string, isolation ...Isolation) (DataSource, error) {
 	fail := func(err error) (DataSource, error) {
 		return DataSource{}, &Error{Op: "prepare", Tenant: id, Err: err}
@@ -122,6 +122,8 @@ func onlyIsolation(given []Isolation) (Isolation, error) {
 // tenant is in will do. An empty password, as [Catalog.DataSource] answers it, means the one that the primary has of the place. With the place that the tenant is in,
 // SetDataSource tells the catalog of a password that was changed by hand; of a place that it has left, an earlier login will do, and then what the primary has
 // counts, with whatever password.
+//
+// A tenant with [IsolationShared] does not move ([ErrInvalid]).
 //
 // With [ErrNotClosed] the tenant has moved, and the old place is still to be closed, by the validity job. With any other error it has not moved:
 // [ErrInvalid], [ErrIdentity] (the place is another tenant's), [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady], [ErrNoProvisioner], [ErrInProgress],

@@ -23,7 +23,7 @@ type Receipt struct {
 	Members int // memberships erased
 }
 
-// Purge drops a deleted tenant's data, roles, memberships and domains, for good. It asks for the name again, so that a
+// Purge drops a deleted tenant's data (of a shared schema its rows), roles, memberships and domains, for good. It asks for the name again, so that a
 // wrong ID cannot do it. What stays is a tombstone: ID, UID, name and dates, which are never used again. A Purge that died is finished by the next one.
 //
 // The error is [ErrInvalid] when the name is not the tenant's or the tenant is not deleted, [ErrTenantNotFound],

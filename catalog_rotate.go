@@ -20,6 +20,7 @@ const opRotate = "rotate password"
 // The new login has the rights of the tenant's groups and owns what the old one did (large objects). What was given to the old login by hand goes
 // with it: grant to the runtime role, and make settings (ALTER ROLE ... SET) again, for a login does not inherit its groups'.
 // The new login goes through the pooler that the place's server is registered with, or past any that it has no more ([ServerConfig].Pooler).
+// With [IsolationShared] the old login's large objects are the new one's when it has returned, and not before.
 // A place that the tenant has left keeps its login, which is closed.
 //
 // A RotatePassword that died or failed on the way is finished by the next one, or by the validity job. With [ErrNotClosed] the tenant has its new

@@ -87,7 +87,7 @@ func (n *NewTenant) intent() []byte {
 	return sum[:]
 }
 
-// Create makes a tenant: roles, schema or database, marker row, grants and the service's migrations, and
+// Create makes a tenant: roles, schema or database, marker row, grants and the service's migrations, or a login in a shared schema, and
 // returns it once it is active. Every node serves it from then on.
 //
 // It blocks until the tenant is active. The same call again, on any node, resumes one that died
@@ -263,7 +263,7 @@ func (c *Catalog) declared(ctx context.Context, tx pgx.Tx, n *NewTenant, intent 
 // nextID is the ID of a tenant that is new.
 const nextID = `nextval(pg_get_serial_sequence('tenancy.tenants', 'id'))`
 
-// intendPlace chooses a server and writes the place that is to be made there, with a password of its own. Without an ID it is promised one, which
+// intendPlace chooses a server and writes the place that is to be made there, with a password of its own. With ID 0 it is promised one, which
 // the tenant will have that takes it: rows that its migrations make are of that tenant.
 func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, id ID, server string, isolation Isolation) (int64, error) {
 	s, err := chooseServer(ctx, tx, server)
@@ -294,7 +294,7 @@ func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, id ID, se
 	}
 	var source int64
 	err = tx.QueryRow(ctx, `INSERT INTO tenancy.data_sources (uid, server, isolation, database, schema, owner, runtime, login, sealed, state, promised)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'intent', CASE WHEN $10 THEN `+nextID+` END) RETURNING id`, uid, s.id, isolation, database, d.Schema, owner, runtime, d.User, sealed, id == 0).Scan(&source)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'intent', coalesce(nullif($10::bigint, 0), `+nextID+`)) RETURNING id`, uid, s.id, isolation, database, d.Schema, owner, runtime, d.User, sealed, id).Scan(&source)
 	return source, err
 }
 

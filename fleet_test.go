@@ -170,7 +170,7 @@ func describePlace(tb testing.TB, primary, server *pgx.Conn, tenant tenancy.Tena
 		arg  any
 	}{
 		{primary, `SELECT to_jsonb(t) - '{id,intent,data_source,created,updated}'::text[] FROM tenancy.tenants t WHERE id = $1`, tenant.ID},
-		{primary, `SELECT to_jsonb(d) - '{id,sealed,created,updated}'::text[] FROM tenancy.data_sources d JOIN tenancy.tenants t ON t.data_source = d.id WHERE t.id = $1`, tenant.ID},
+		{primary, `SELECT to_jsonb(d) - '{id,sealed,promised,created,updated}'::text[] FROM tenancy.data_sources d JOIN tenancy.tenants t ON t.data_source = d.id WHERE t.id = $1`, tenant.ID},
 		{primary, `SELECT to_jsonb(a) - '{id,at,tenant}'::text[] FROM tenancy.audit a WHERE tenant = $1`, tenant.ID},
 		{primary, `SELECT to_jsonb(c) - '{epoch,tenant,stamp,at}'::text[] FROM tenancy.changes c WHERE tenant = $1`, tenant.ID},
 		// The owner's last password has a day of expiry, and it has none any more.

@@ -30,7 +30,7 @@ type place struct {
 	owner     string
 	runtime   string
 	fenced    bool
-	promised  *int64 // the ID of the tenant that takes it, where it was prepared for one that there was not yet
+	promised  *int64 // the tenant's ID, also where there is none yet; nil: the place was made before there were promises
 
 	nextLogin  string // while a password is rotated; "": none
 	nextSealed []byte
@@ -492,7 +492,7 @@ func installFunctions(ctx context.Context, db *sql.DB, p *place) error {
 	})
 }
 
-// number is the tenant's in the rows of its place: its ID, or the one that it was to have when the place was prepared.
+// number is the tenant's in the rows of its place.
 func (p *place) number() int64 {
 	if p.promised != nil {
 		return *p.promised

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -133,7 +134,7 @@ func (c *Catalog) readyArea(ctx context.Context, p *place, failed failedAreas) (
 		return nil, fmt.Errorf("make shared schema: %w", err)
 	}
 	err = c.asOwner(ctx, conn, p, func(ctx context.Context, cc *pgx.ConnConfig) (err error) {
-		if err := asArea(ctx, cc, func(owner *pgx.Conn) error { return p.wall().Install(ctx, owner) }); err != nil {
+		if err := asArea(ctx, cc, func(owner *pgx.Conn) error { return install(ctx, owner, p.wall()) }); err != nil {
 			return fmt.Errorf("furnish shared schema: %w", err)
 		}
 		applied, err = c.migrateAs(ctx, cc, p)
@@ -144,6 +145,20 @@ func (c *Catalog) readyArea(ctx context.Context, p *place, failed failedAreas) (
 	}
 	made = err == nil
 	return applied, err
+}
+
+// install waits for a lock for lockPatience, and lockTimeout at a time: whoever connects to the area waits behind it, and what is in the way can be
+// a tenant's transaction that has read its marker.
+func install(ctx context.Context, owner *pgx.Conn, wall rowsec.Shared) error {
+	if _, err := owner.Exec(ctx, "SET lock_timeout = "+strconv.FormatInt(lockTimeout.Milliseconds(), 10)); err != nil {
+		return err
+	}
+	for end := time.Now().Add(lockPatience); ; {
+		err := wall.Install(ctx, owner)
+		if !isState(err, lockNotAvailable) || ctx.Err() != nil || time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 // asArea runs fn on a session of the area's owner.

@@ -411,6 +411,15 @@ func TestAPreparedPlacePromisesItsNumber(t *testing.T) {
 	if err := tn.DB().QueryRow(tenancytest.Context(t, tn, "acme"), `SELECT tenant_id FROM plans`).Scan(&id); err != nil || tenancy.ID(id) != made.ID {
 		t.Errorf("its row is of tenant %d and not of %d: %v", id, made.ID, err)
 	}
+	if d, err = tn.Catalog().Prepare(t.Context(), made.ID, "", tenancy.IsolationSchema); err != nil {
+		t.Fatal(err)
+	}
+	if err := tn.Catalog().SetDataSource(t.Context(), made.ID, d); err != nil {
+		t.Fatal(err)
+	}
+	if err := tn.DB().QueryRow(tenancytest.Context(t, tn, "acme"), `SELECT tenant_id FROM plans`).Scan(&id); err != nil || tenancy.ID(id) != made.ID {
+		t.Errorf("in its new place its row is of tenant %d and not of %d: %v", id, made.ID, err)
+	}
 }
 
 // COPY FROM is refused by a table with policies: rows are inserted, and what can be told apart is the number of round trips.

@@ -18,7 +18,7 @@ CREATE TABLE tenancy.shared_areas (
 ALTER TABLE tenancy.data_sources DROP CONSTRAINT data_sources_server_schema_key;
 CREATE UNIQUE INDEX data_sources_server_schema_key ON tenancy.data_sources (server, schema) WHERE isolation <> 'shared';
 
--- The ID that a tenant will have who takes the place, where it was prepared before there was one; null: nothing was promised.
+-- The tenant in the place's rows: its ID, or the one that a tenant will have who takes it; null: the place is older than this column.
 ALTER TABLE tenancy.data_sources ADD COLUMN promised bigint;
 
 -- +goose Down
