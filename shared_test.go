@@ -2,12 +2,15 @@ package tenancy_test
 
 import (
 	"context"
+	databasesql "database/sql"
 	"errors"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -473,5 +476,127 @@ func TestRowsAreCopiedIntoASharedSchema(t *testing.T) {
 	}
 	if n := scan[int](t, login(t, tn, globex.ID), `SELECT count(*) FROM notes`); n != 1 {
 		t.Errorf("the other sees %d rows", n)
+	}
+}
+
+// All of them lend the login of one owner, from two nodes, and take it back.
+func TestTenantsOfASharedSchemaAreMadeAtOnce(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	nodes := []*tenancy.Tenancy{
+		f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationShared}),
+		f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationShared}),
+	}
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			tn, name := nodes[i%2], fmt.Sprintf("acme-%d", i)
+			made, err := tn.Catalog().Create(t.Context(), tenancy.NewTenant{Name: name})
+			if err == nil && i%4 < 2 { // purged while others are made
+				if err = tn.Catalog().Delete(t.Context(), made.ID); err == nil {
+					_, err = tn.Catalog().Purge(t.Context(), made.ID, name)
+				}
+			}
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		})
+	}
+	wg.Wait()
+	if t.Failed() {
+		return
+	}
+	place := placeOf(t, f, mustTenant(t, nodes[0], "acme-2").ID)
+	if n := scan[int](t, f.Admin(t, "tenants"), `SELECT count(*) FROM `+place.Schema+`.tenancy_map`); n != 4 {
+		t.Errorf("the map has %d logins, want those of 4 tenants", n)
+	}
+}
+
+// A tenant that goes out of service in the middle of a migration takes none of the others with it.
+func TestAMigrationOfASharedSchemaOutlivesASuspension(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, globex, _ := sharedFleet(t)
+	started, proceed := make(chan struct{}), make(chan struct{})
+	next := f.Open(t, tenancy.Config{Migrations: noteMigrations, GoMigrations: []tenancy.GoMigration{{Version: 2, Up: func(ctx context.Context, tx *databasesql.Tx) error {
+		close(started)
+		<-proceed
+		_, err := tx.ExecContext(ctx, `SELECT 1`)
+		return err
+	}}}})
+	ended := make(chan error, 1)
+	go func() { ended <- second(next.Migrator().Tenant(t.Context(), globex.ID)) }()
+	<-started
+	if err := tn.Catalog().Suspend(t.Context(), acme.ID, tenancy.Suspension{Drain: 1}); err != nil {
+		t.Error(err)
+	}
+	close(proceed)
+	if err := <-ended; err != nil {
+		t.Errorf("the migration ended with the other's suspension: %v", err)
+	}
+}
+
+func TestAMigrationThatFailsIsTriedOnceForASharedSchema(t *testing.T) {
+	t.Parallel()
+	f, _, acme, globex, _ := sharedFleet(t)
+	var tries atomic.Int64
+	failed := errors.New("the migration failed")
+	next := f.Open(t, tenancy.Config{Migrations: noteMigrations, GoMigrations: []tenancy.GoMigration{{Version: 2, Up: func(context.Context, *databasesql.Tx) error {
+		tries.Add(1)
+		return failed
+	}}}})
+	done, err := next.Migrator().All(t.Context())
+	if _, many := errors.AsType[*tenancy.MigrateError](err); !many || len(done) != 3 {
+		t.Fatalf("migrated %+v, %v", done, err)
+	}
+	for _, m := range done {
+		if !errors.Is(m.Err, failed) {
+			t.Errorf("%s: %v", m.Tenant.Name, m.Err)
+		}
+	}
+	if n := tries.Load(); n != 2 { // and once for the one with a schema of its own
+		t.Errorf("it was tried %d times, want 2", n)
+	}
+	for _, tenant := range []tenancy.Tenant{acme, globex} {
+		if err := next.DB().QueryRow(tenancytest.Context(t, next, tenant.Name), `SELECT 1 FROM notes`).Scan(new(int)); err != nil {
+			t.Errorf("%s is not served: %v", tenant.Name, err)
+		}
+	}
+	if err := next.Catalog().Delete(t.Context(), acme.ID); err != nil { // its rows can be erased all the same
+		t.Fatal(err)
+	}
+	if r, err := next.Catalog().Purge(t.Context(), acme.ID, "acme"); err != nil || !slices.Equal(r.Rows, []tenancy.ErasedRows{{Table: "notes", Rows: 1}}) {
+		t.Errorf("purged %+v, %v", r, err)
+	}
+}
+
+// The least budget that Open takes is enough for each verb.
+func TestASharedSchemaIsMadeOnALeastBudget(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	var tn *tenancy.Tenancy
+	for conns := 1; tn == nil; conns++ {
+		opened, err := tenancy.Open(ctx, tenancy.Config{PrimaryURL: f.PrimaryURL, Keys: f.Keys, Migrations: noteMigrations, Isolation: tenancy.IsolationShared,
+			Limits: tenancy.Limits{ServerConns: conns, Nodes: 1, PrimaryConns: 4, TenantConns: 1}})
+		if err == nil {
+			tn = opened
+			t.Cleanup(func() { _ = tn.Close() })
+		} else if !errors.Is(err, tenancy.ErrInvalid) || conns > 100 {
+			t.Fatal(err)
+		}
+	}
+	made, err := tn.Catalog().Create(ctx, tenancy.NewTenant{Name: "acme"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tn.Catalog().RotatePassword(ctx, made.ID); err != nil {
+		t.Error(err)
+	}
+	if err := tn.Catalog().Delete(ctx, made.ID); err != nil {
+		t.Error(err)
+	}
+	if _, err := tn.Catalog().Purge(ctx, made.ID, "acme"); err != nil {
+		t.Error(err)
 	}
 }
