@@ -16,7 +16,7 @@ import (
 //
 // server is the one to make it on, "" for that with most room. isolation, at most one, is that of the place, and becomes the tenant's when it moves
 // there; without, it is the tenant's own, and Config.Isolation for a new one.
-// The error is as that of Create.
+// The error is as that of Create, and [ErrInvalid] for a tenant with [IsolationShared], or a place of that kind: such tenants do not move.
 func (c *Catalog) Prepare(ctx context.Context, id ID, server string, isolation ...Isolation) (DataSource, error) {
 	fail := func(err error) (DataSource, error) {
 		return DataSource{}, &Error{Op: "prepare", Tenant: id, Err: err}
@@ -46,6 +46,9 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string, isolation .
 		if t.State == StateDeleted || t.State == StatePurged {
 			return fail(ErrTenantGone)
 		}
+		if err := sharedStays(t.Isolation); err != nil {
+			return fail(err)
+		}
 		uid = t.UID
 		def(&as, t.Isolation)
 	} else { // or the validity job could take the place for one that a crash has left
@@ -57,12 +60,15 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string, isolation .
 		ctx = held
 	}
 	def(&as, c.tn.cfg.Isolation)
+	if err := sharedStays(as); err != nil {
+		return fail(err)
+	}
 	if err := c.checkServer(ctx, server, as); err != nil {
 		return fail(err)
 	}
 	var source int64
 	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) (err error) {
-		if source, err = c.intendPlace(ctx, tx, uid, server, as); err != nil {
+		if source, err = c.intendPlace(ctx, tx, uid, id, server, as); err != nil {
 			return err
 		}
 		return audit(ctx, tx, "prepare", id, map[string]any{"server": server, "isolation": as})
@@ -117,6 +123,8 @@ func onlyIsolation(given []Isolation) (Isolation, error) {
 // SetDataSource tells the catalog of a password that was changed by hand; of a place that it has left, an earlier login will do, and then what the primary has
 // counts, with whatever password.
 //
+// A tenant with [IsolationShared] does not move ([ErrInvalid]).
+//
 // With [ErrNotClosed] the tenant has moved, and the old place is still to be closed, by the validity job. With any other error it has not moved:
 // [ErrInvalid], [ErrIdentity] (the place is another tenant's), [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady], [ErrNoProvisioner], [ErrInProgress],
 // [ErrPrimaryUnavailable] (whose answer to the last write may be lost: see Catalog.DataSource) or that of the new place's server.
@@ -154,6 +162,11 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 		return fail(err)
 	}
 	to.tenant = now.tenant
+	if to.id != now.id {
+		if err := sharedStays(now.isolation, to.isolation); err != nil {
+			return fail(err)
+		}
+	}
 	if d.Pooler != "" && (d.Pooler != to.pooler || d.PoolerTLS != to.poolerTLS) {
 		return fail(invalid(fmt.Errorf("data source: the place's server is registered with the pooler %q and TLS %q: see Catalog.AddServer", to.pooler, to.poolerTLS)))
 	}
@@ -383,7 +396,7 @@ func (c *Catalog) dropUnused(ctx context.Context, p *place) error {
 	if err := fencePlace(ctx, p, atWork, 0); err != nil {
 		return err
 	}
-	if err := dropPlace(ctx, p, &Receipt{}); err != nil {
+	if err := c.dropPlace(ctx, p, &Receipt{}); err != nil {
 		return err
 	}
 	_, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET `+placeGone+` WHERE id = $1 AND state = 'intent'`, p.id)
@@ -415,10 +428,10 @@ func (c *Catalog) placeByID(ctx context.Context, id int64) (*place, error) {
 	var sealed, provisioner []byte
 	db := c.tn.primary
 	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
-		d.next_login, d.next_sealed, d.old_login, s.pooler, s.pooler_tls, s.provisioner
+		d.next_login, d.next_sealed, d.old_login, d.promised, s.pooler, s.pooler_tls, s.provisioner
 		FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE d.id = $1`, id).
 		Scan(&p.tenant.UID, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
-			&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.pooler, &p.poolerTLS, &provisioner)
+			&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.pooler, &p.poolerTLS, &provisioner)
 	if err != nil {
 		return nil, unavailable("read place", err)
 	}

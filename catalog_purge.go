@@ -18,10 +18,12 @@ type Receipt struct {
 	Roles  []string // roles dropped
 	// Databases are those of the tenant's own that were dropped. One that an earlier call dropped, before it died, is not among them.
 	Databases []string
-	Members   int // memberships erased
+	// Rows are those that were deleted from the tables of a shared schema, by table, those without any included; all calls together.
+	Rows    []ErasedRows
+	Members int // memberships erased
 }
 
-// Purge drops a deleted tenant's data, roles, memberships and domains, for good. It asks for the name again, so that a
+// Purge drops a deleted tenant's data (of a shared schema its rows), roles, memberships and domains, for good. It asks for the name again, so that a
 // wrong ID cannot do it. What stays is a tombstone: ID, UID, name and dates, which are never used again. A Purge that died is finished by the next one.
 //
 // The error is [ErrInvalid] when the name is not the tenant's or the tenant is not deleted, [ErrTenantNotFound],
@@ -54,7 +56,7 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 	r := Receipt{Tenant: id, UID: p.tenant.UID, Name: name}
 	var dropped []int64
 	for _, at := range places {
-		if err := dropPlace(ctx, at, &r); err != nil {
+		if err := c.dropPlace(ctx, at, &r); err != nil {
 			return fail(err)
 		}
 		dropped = append(dropped, at.id)
@@ -89,7 +91,7 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.changes SET key = NULL WHERE tenant = $1 AND kind = 'member'`, id); err != nil {
 			return err
 		}
-		if err := audit(ctx, tx, "purge", id, map[string]any{"tables": r.Tables, "databases": len(r.Databases), "members": r.Members}); err != nil {
+		if err := audit(ctx, tx, "purge", id, map[string]any{"tables": r.Tables, "databases": len(r.Databases), "rows": r.Rows, "members": r.Members}); err != nil {
 			return err
 		}
 		if len(users) > 0 { // without a key: every node forgets all users' look-ups
@@ -110,14 +112,24 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 	return r, nil
 }
 
-// dropPlace drops the schema, or the database that it is in, then what its roles own elsewhere, then the roles.
-func dropPlace(ctx context.Context, p *place, r *Receipt) error {
+// dropPlace drops the schema, or the database that it is in, then what its roles own elsewhere, then the roles. In a shared schema it deletes
+// the tenant's rows, and what is left of the place are its logins.
+func (c *Catalog) dropPlace(ctx context.Context, p *place, r *Receipt) error {
+	roles := append(p.logins(), p.runtime, p.owner)
+	if p.isolation == IsolationShared {
+		if err := c.erase(ctx, p, r); err != nil {
+			return fmt.Errorf("erase rows in %s: %w", p.source.Schema, err)
+		}
+		roles = p.logins()
+	}
 	conn, err := p.provisionerConn(ctx)
 	if err != nil {
 		return err
 	}
 	defer closeConn(conn)
-	if p.isolation == IsolationDatabase {
+	switch p.isolation {
+	case IsolationShared:
+	case IsolationDatabase:
 		dropped, err := dropDatabase(ctx, conn, p)
 		if err != nil {
 			return fmt.Errorf("drop database %s: %w", p.source.Database, err)
@@ -125,15 +137,15 @@ func dropPlace(ctx context.Context, p *place, r *Receipt) error {
 		if dropped {
 			r.Databases = append(r.Databases, p.source.Database)
 		}
-	} else {
+	default:
 		tables, err := dropSchema(ctx, conn, p)
 		r.Tables += tables
 		if err != nil {
 			return fmt.Errorf("drop schema %s: %w", p.source.Schema, err)
 		}
 	}
-	roles, err := dropRoles(ctx, conn, append(p.logins(), p.runtime, p.owner)...)
-	r.Roles = append(r.Roles, roles...)
+	dropped, err := dropRoles(ctx, conn, roles...)
+	r.Roles = append(r.Roles, dropped...)
 	if err != nil {
 		return fmt.Errorf("drop roles of %s: %w", p.source.Schema, err)
 	}

@@ -20,6 +20,7 @@ const opRotate = "rotate password"
 // The new login has the rights of the tenant's groups and owns what the old one did (large objects). What was given to the old login by hand goes
 // with it: grant to the runtime role, and make settings (ALTER ROLE ... SET) again, for a login does not inherit its groups'.
 // The new login goes through the pooler that the place's server is registered with, or past any that it has no more ([ServerConfig].Pooler).
+// With [IsolationShared] the old login's large objects are the new one's when it has returned, and not before.
 // A place that the tenant has left keeps its login, which is closed.
 //
 // A RotatePassword that died or failed on the way is finished by the next one, or by the validity job. With [ErrNotClosed] the tenant has its new
@@ -100,7 +101,7 @@ func (c *Catalog) intendLogin(ctx context.Context, p *place) error {
 	}
 	p.next = p.source
 	p.next.Pooler, p.next.PoolerTLS = p.pooler, p.poolerTLS // as the server is registered now
-	p.next.User, p.next.Password = nextLogin(p.source.Schema, p.source.User), Secret(password)
+	p.next.User, p.next.Password = nextLogin(p.base(), p.source.User), Secret(password)
 	sealed, err := db.sealSource(p.tenant.UID, "next_login", p.next)
 	if err != nil {
 		return err
@@ -124,6 +125,14 @@ func nextLogin(place, login string) string {
 	return place + "_l" + strconv.Itoa(n+1)
 }
 
+// base is what the place's logins are named after: its schema, unless that is also others'.
+func (p *place) base() string {
+	if p.isolation == IsolationShared {
+		return p.source.User[:max(0, strings.LastIndex(p.source.User, "_l"))]
+	}
+	return p.source.Schema
+}
+
 // makeNextLogin makes the login at the server, asks whether it has the rights that it should, and logs in with it.
 func (c *Catalog) makeNextLogin(ctx context.Context, p *place) error {
 	conn, err := p.insideConn(ctx)
@@ -142,8 +151,12 @@ func (c *Catalog) makeNextLogin(ctx context.Context, p *place) error {
 	if err := c.tn.setLogin(ctx, conn, p.next); err != nil {
 		return err
 	}
-	// What the old login owns is the new one's before it is given to it: both work at once for a while.
-	if err := execAll(ctx, conn, opRotate, []string{"GRANT " + ident.Quote(p.source.User) + " TO " + ident.Quote(p.next.User)}); err != nil {
+	if p.isolation == IsolationShared { // where a login that may become another is refused
+		if err := c.admit(ctx, conn, p, p.next.User); err != nil {
+			return err
+		}
+	} else if err := execAll(ctx, conn, opRotate, []string{"GRANT " + ident.Quote(p.source.User) + " TO " + ident.Quote(p.next.User)}); err != nil {
+		// What the old login owns is the new one's before it is given to it: both work at once for a while.
 		return err
 	}
 	if err := ask(ctx, conn, loginChecks(p, p.next.User)); err != nil {
@@ -242,6 +255,11 @@ func (c *Catalog) dropLogin(ctx context.Context, p *place, login string) (err er
 	defer closeConn(conn)
 	if err := closeLogins(ctx, conn, []string{login}, nil, leaving(login == p.oldLogin && p.oldPooled), c.tn.cfg.DrainTimeout); err != nil {
 		return err
+	}
+	if p.isolation == IsolationShared {
+		if err := p.wall().Dismiss(ctx, conn, login); err != nil {
+			return err
+		}
 	}
 	var there bool
 	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, login).Scan(&there); err != nil || !there {

@@ -87,7 +87,7 @@ func (n *NewTenant) intent() []byte {
 	return sum[:]
 }
 
-// Create makes a tenant: roles, schema or database, marker row, grants and the service's migrations, and
+// Create makes a tenant: roles, schema or database, marker row, grants and the service's migrations, or a login in a shared schema, and
 // returns it once it is active. Every node serves it from then on.
 //
 // It blocks until the tenant is active. The same call again, on any node, resumes one that died
@@ -180,21 +180,22 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 	err = c.tn.primary.transact(ctx, func(tx pgx.Tx) (err error) {
 		var uid UID
 		var source int64
+		var promised *int64
 		isolation := cmp.Or(n.Isolation, c.tn.cfg.Isolation)
 		if n.DataSource == nil {
 			uid = newUID()
 		} else if uid, source, err = c.prepared(ctx, tx, *n.DataSource); err != nil {
 			return err
-		} else if err := tx.QueryRow(ctx, `SELECT isolation FROM tenancy.data_sources WHERE id = $1`, source).Scan(&isolation); err != nil {
+		} else if err := tx.QueryRow(ctx, `SELECT isolation, promised FROM tenancy.data_sources WHERE id = $1`, source).Scan(&isolation, &promised); err != nil {
 			return err
 		}
 		var maxUsers *int
 		if n.MaxUsers > 0 {
 			maxUsers = &n.MaxUsers
 		}
-		err = tx.QueryRow(ctx, `INSERT INTO tenancy.tenants (uid, name, display_name, state, isolation, intent, max_users, attributes)
-			VALUES ($1, $2, $3, 'provisioning', $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING id`,
-			uid, n.Name, n.DisplayName, isolation, intent, maxUsers, n.Attributes).Scan(&id)
+		err = tx.QueryRow(ctx, `INSERT INTO tenancy.tenants (id, uid, name, display_name, state, isolation, intent, max_users, attributes) OVERRIDING SYSTEM VALUE
+			VALUES (coalesce($8, `+nextID+`), $1, $2, $3, 'provisioning', $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING id`,
+			uid, n.Name, n.DisplayName, isolation, intent, maxUsers, n.Attributes, promised).Scan(&id)
 		if isState(err, "23505") { // of the UID: the name has its own answer
 			return invalid(errors.New("data source: another tenant has this place"))
 		} else if errors.Is(err, pgx.ErrNoRows) {
@@ -203,7 +204,7 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 			return err
 		}
 		if n.DataSource == nil {
-			if source, err = c.intendPlace(ctx, tx, uid, n.Server, isolation); err != nil {
+			if source, err = c.intendPlace(ctx, tx, uid, id, n.Server, isolation); err != nil {
 				return err
 			}
 		}
@@ -259,8 +260,12 @@ func (c *Catalog) declared(ctx context.Context, tx pgx.Tx, n *NewTenant, intent 
 	return nil
 }
 
-// intendPlace chooses a server and writes the place that is to be made there, with a password of its own.
-func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, server string, isolation Isolation) (int64, error) {
+// nextID is the ID of a tenant that is new.
+const nextID = `nextval(pg_get_serial_sequence('tenancy.tenants', 'id'))`
+
+// intendPlace chooses a server and writes the place that is to be made there, with a password of its own. With ID 0 it is promised one, which
+// the tenant will have that takes it: rows that its migrations make are of that tenant.
+func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, id ID, server string, isolation Isolation) (int64, error) {
 	s, err := chooseServer(ctx, tx, server)
 	if err != nil {
 		return 0, err
@@ -274,14 +279,22 @@ func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, server st
 	if isolation == IsolationDatabase {
 		d.Database, database = base, base
 	}
+	owner, runtime := base+"_o", base+"_r"
 	d.Schema, d.User, d.Password = base, base+"_l1", Secret(password)
+	if isolation == IsolationShared {
+		a, err := intendArea(ctx, tx, s.id)
+		if err != nil {
+			return 0, err
+		}
+		d.Schema, owner, runtime = a.schema, a.owner, a.runtime
+	}
 	sealed, err := c.tn.primary.sealSource(uid, "data_source", d)
 	if err != nil {
 		return 0, err
 	}
 	var source int64
-	err = tx.QueryRow(ctx, `INSERT INTO tenancy.data_sources (uid, server, isolation, database, schema, owner, runtime, login, sealed, state)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'intent') RETURNING id`, uid, s.id, isolation, database, d.Schema, base+"_o", base+"_r", d.User, sealed).Scan(&source)
+	err = tx.QueryRow(ctx, `INSERT INTO tenancy.data_sources (uid, server, isolation, database, schema, owner, runtime, login, sealed, state, promised)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'intent', coalesce(nullif($10::bigint, 0), `+nextID+`)) RETURNING id`, uid, s.id, isolation, database, d.Schema, owner, runtime, d.User, sealed, id).Scan(&source)
 	return source, err
 }
 

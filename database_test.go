@@ -482,8 +482,8 @@ func TestIsolationsThatAreNotThereAreRefused(t *testing.T) {
 	tn := tenancytest.Open(t, tenancy.Config{Migrations: noteMigrations})
 	c, ctx := tn.Catalog(), t.Context()
 	for what, err := range map[string]error{
-		"create_shared":   second(c.Create(ctx, tenancy.NewTenant{Name: "acme", Isolation: "shared"})),
-		"prepare_shared":  second(c.Prepare(ctx, 0, "", "shared")),
+		"create_rows":     second(c.Create(ctx, tenancy.NewTenant{Name: "acme", Isolation: "rows"})),
+		"prepare_rows":    second(c.Prepare(ctx, 0, "", "rows")),
 		"prepare_nothing": second(c.Prepare(ctx, 0, "", "")),
 		"prepare_two":     second(c.Prepare(ctx, 0, "", tenancy.IsolationSchema, tenancy.IsolationDatabase)),
 	} {

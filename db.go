@@ -216,6 +216,9 @@ func (db *TenantAwareDB) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchR
 
 // CopyFrom copies rows into a table and returns their number, as [pgx.Conn.CopyFrom] does. tableName needs no schema: an
 // unqualified one is the tenant's.
+//
+// For a tenant with [IsolationShared], whose tables PostgreSQL does not copy into, the rows are inserted in batches instead, all of them or none; triggers of
+// statements then run for each row. A pgx.Conn that [TenantAwareDB.WithConn] or a transaction's Conn gives is refused by the server (0A000).
 func (db *TenantAwareDB) CopyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, rowSrc pgx.CopyFromSource) (int64, error) {
 	src := &watchedSource{CopyFromSource: rowSrc}
 	for again := false; ; again = true {
@@ -233,7 +236,11 @@ func (db *TenantAwareDB) CopyFrom(ctx context.Context, tableName pgx.Identifier,
 // copyFrom also says whether the copy may be tried once more.
 func (c *checkout) copyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, src *watchedSource) (n int64, harmless bool, err error) {
 	defer c.release()
-	n, err = c.conn.CopyFrom(ctx, tableName, columnNames, src)
+	if c.pool.copies() {
+		n, err = c.conn.CopyFrom(ctx, tableName, columnNames, src)
+	} else {
+		n, err = insertRows(ctx, c.conn, tableName, columnNames, src)
+	}
 	return n, !src.asked.Load() && mayRepeat(ctx, c.conn.Conn(), err, true), err
 }
 

@@ -14,6 +14,7 @@ type BulkPlace struct {
 	MayLogin                             string // the login's rights
 	Verifier                             string // of its password
 	Name, Realm, UID                     string
+	ID, SchemaName                       string // the schema as a text
 }
 
 // CreateInBulk is Create for fleets of thousands, with another way to make the place: Create's own opens seven connections for it.
@@ -38,7 +39,8 @@ func (c *Catalog) CreateInBulk(ctx context.Context, name string, version int64, 
 	}
 	quote, text := func(name string) string { return ident.Quote(name) }, ident.Literal
 	err = place(BulkPlace{Group: quote(tenantsRole(p.source.Database)), Owner: quote(p.owner), Runtime: quote(p.runtime), Login: quote(p.source.User), Schema: quote(p.source.Schema),
-		MayLogin: c.tn.mayLogin(), Verifier: text(verifier), Name: text(name), Realm: text(UID(c.tn.realm.Value()).String()), UID: text(p.tenant.UID.String())})
+		MayLogin: c.tn.mayLogin(), Verifier: text(verifier), Name: text(name), Realm: text(UID(c.tn.realm.Value()).String()), UID: text(p.tenant.UID.String()),
+		ID: fmt.Sprint(id), SchemaName: text(p.source.Schema)})
 	if err != nil {
 		return fail(err)
 	}

@@ -1308,7 +1308,7 @@ func TestAColumnAddedBehindWarmConnectionsFailsNoCall(t *testing.T) {
 	x := newFaulty(t, tenancy.Config{})
 	x.neighbourAtWork()
 	must(x, x.admin, `INSERT INTO `+x.place.table("notes")+` (tenant, title) VALUES ('acme', 'one')`)
-	columns, added := 3, 0
+	columns, added := 4, 0 // with tenant_id
 	// addColumn does so behind connections that know the table.
 	addColumn := func() {
 		t.Helper()

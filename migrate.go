@@ -66,8 +66,15 @@ func (e *MigrateError) Unwrap() []error {
 // Tenant migrates one tenant to the newest version and waits for it. Cancelling ctx ends the run between or within
 // statements; what was committed stays, and a second call goes on from there.
 //
+// A tenant with [IsolationShared] has its tables with others: all those of its server are migrated at once, and the Create of another one
+// does it too. Applied then says what this call has applied.
+//
 // The error is [ErrTenantNotFound], [ErrTenantGone], [ErrNoProvisioner], [ErrNoMigrations], [ErrPrimaryUnavailable] or that of the migration.
 func (m *Migrator) Tenant(ctx context.Context, id ID) (Migrated, error) {
+	return m.tenant(ctx, id, nil)
+}
+
+func (m *Migrator) tenant(ctx context.Context, id ID, failed failedAreas) (Migrated, error) {
 	const op = "migrate"
 	ctx, release, err := m.tn.primary.lockTenant(ctx, id)
 	if err != nil {
@@ -90,7 +97,7 @@ func (m *Migrator) Tenant(ctx context.Context, id ID) (Migrated, error) {
 		return done, &Error{Op: op, Tenant: id, Name: p.tenant.Name, Err: err}
 	}
 	defer finished()
-	done.Applied, err = m.tn.catalog.migratePlace(ctx, p)
+	done.Applied, err = m.tn.catalog.migratePlace(ctx, p, failed)
 	done.Version = p.version
 	if err != nil {
 		done.Err = &Error{Op: op, Tenant: id, Name: p.tenant.Name, Err: err}
@@ -112,13 +119,13 @@ func (m *Migrator) All(ctx context.Context) ([]Migrated, error) {
 			ids = append(ids, t.ID)
 		}
 	}
-	results := make([]Migrated, len(ids))
+	results, failed := make([]Migrated, len(ids)), failedAreas{}
 	var g errgroup.Group
 	g.SetLimit(m.tn.cfg.Limits.Provisions)
 	for i, id := range ids {
 		g.Go(func() error {
 			var err error
-			results[i], err = m.Tenant(ctx, id)
+			results[i], err = m.tenant(ctx, id, failed)
 			results[i].Err = err
 			return nil // a tenant's failure is data, not the end of the run
 		})
@@ -135,6 +142,7 @@ type migrations struct {
 	files  fs.FS // *.sql at its root; nil: none
 	code   []GoMigration
 	reader string // the role that may read the version table and not write it; "": none
+	guard  string // the table of the schema that a run locks; "": it takes an advisory lock
 }
 
 func (m migrations) empty() bool { return m.files == nil && len(m.code) == 0 }
@@ -180,6 +188,21 @@ func serviceMigrations(fsys fs.FS, code []GoMigration) (migrations, error) {
 
 const versionTable = "goose_db_version"
 
+// newest is the version that the migrations lead to.
+func (m migrations) newest() (version int64, err error) {
+	if m.empty() {
+		return 0, errNoMigrations
+	}
+	r, err := newRun(nil, "check", m)
+	if err != nil {
+		return 0, err
+	}
+	for _, s := range r.provider.ListSources() {
+		version = max(version, s.Version)
+	}
+	return version, nil
+}
+
 // run is one use of goose on one schema. goose remembers a failed first look for good and keeps
 // lock budgets in the locker, so nothing of it outlives the run.
 type run struct {
@@ -195,7 +218,7 @@ func newRun(db *sql.DB, schema string, m migrations) (*run, error) {
 	if err != nil {
 		return nil, err
 	}
-	store := &versionStore{Store: inner, table: table, reader: m.reader}
+	store := &versionStore{Store: inner, table: table, reader: m.reader, closed: m.guard != ""}
 	if db == nil {
 		db = stdlib.OpenDB(pgx.ConnConfig{}) // never connected
 		defer db.Close()
@@ -210,8 +233,8 @@ func newRun(db *sql.DB, schema string, m migrations) (*run, error) {
 		code = append(code, goose.NewGoMigration(g.Version, up, down))
 	}
 	var locker lock.SessionLocker = schemaLock{schema}
-	if m.reader != "" {
-		locker = &ownerLock{db: db, table: ident.Quote(schema, markerTable)}
+	if m.guard != "" {
+		locker = &ownerLock{db: db, table: ident.Quote(schema, m.guard)}
 	}
 	provider, err := goose.NewProvider("", db, m.files,
 		goose.WithStore(store),
@@ -264,6 +287,7 @@ type versionStore struct {
 	database.Store
 	table  string
 	reader string
+	closed bool // to everybody but the reader, whatever the default privileges
 }
 
 var _ database.StoreExtender = (*versionStore)(nil)
@@ -275,11 +299,15 @@ func (s *versionStore) TableExists(ctx context.Context, db database.DBTxConn) (b
 }
 
 func (s *versionStore) CreateVersionTable(ctx context.Context, db database.DBTxConn) error {
-	if err := s.Store.CreateVersionTable(ctx, db); err != nil || s.reader == "" {
+	if err := s.Store.CreateVersionTable(ctx, db); err != nil || !s.closed {
 		return err
 	}
 	var sequence string
 	if err := db.QueryRowContext(ctx, `SELECT pg_get_serial_sequence($1, 'id')`, s.table).Scan(&sequence); err != nil {
+		return err
+	}
+	if s.reader == "" { // of a shared schema, whose default privileges open sequences to all who may use it
+		_, err := db.ExecContext(ctx, "REVOKE ALL ON SEQUENCE "+sequence+" FROM PUBLIC")
 		return err
 	}
 	reader := ident.Quote(s.reader)

@@ -346,6 +346,11 @@ func (p *primaryDB) lock(ctx context.Context, id ID, take string, key any) (held
 	if err != nil {
 		return nil, nil, err
 	}
+	return p.hold(ctx, id, take, key, done)
+}
+
+// hold is lock for who has a place among the verbs. done is called when the lock is given up, or was not had.
+func (p *primaryDB) hold(ctx context.Context, id ID, take string, key any, done func()) (held context.Context, release func(), err error) {
 	conn, err := pgx.ConnectConfig(ctx, p.direct)
 	if err != nil {
 		done()

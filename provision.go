@@ -2,6 +2,7 @@ package tenancy
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"math"
@@ -12,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/stdlib"
 	"github.com/msmt-go/tenancy/internal/ident"
+	"github.com/msmt-go/tenancy/internal/rowsec"
 	"github.com/msmt-go/tenancy/internal/scram"
 )
 
@@ -28,6 +30,7 @@ type place struct {
 	owner     string
 	runtime   string
 	fenced    bool
+	promised  *int64 // the tenant's ID, also where there is none yet; nil: the place was made before there were promises
 
 	nextLogin  string // while a password is rotated; "": none
 	nextSealed []byte
@@ -62,10 +65,10 @@ func (c *Catalog) readPlace(ctx context.Context, where string, arg any) (*place,
 	var sealed, provisioner []byte
 	db := c.tn.primary
 	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
-		d.next_login, d.next_sealed, d.old_login, t.fenced IS NOT NULL, s.pooler, s.pooler_tls, s.provisioner
+		d.next_login, d.next_sealed, d.old_login, d.promised, t.fenced IS NOT NULL, s.pooler, s.pooler_tls, s.provisioner
 		FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
 		WHERE `+where, arg), &p.id, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
-		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner)
+		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, ErrTenantNotFound
 	}
@@ -140,6 +143,9 @@ func connectProvisioner(ctx context.Context, servers *servers, d DataSource) (*p
 // make brings the place into being. Each step looks before it acts, so that a run that died
 // anywhere is finished by the next one.
 func (c *Catalog) make(ctx context.Context, p *place) error {
+	if p.isolation == IsolationShared {
+		return c.makeShared(ctx, p)
+	}
 	conn, err := c.tn.prepareServer(ctx, p)
 	if err != nil {
 		return err
@@ -217,9 +223,10 @@ func (tn *Tenancy) makeRoles(ctx context.Context, conn *pgx.Conn, p *place) erro
 	return execAll(ctx, conn, "provision", joinTenants(p, p.owner))
 }
 
-// joinTenants makes the role one of those that may connect to the server's database. Those of a place with a database of its own may not.
+// joinTenants makes the role one of those that may connect to the server's database. Those of a place with a database of its own may not, and
+// a login in a shared schema may connect by its group.
 func joinTenants(p *place, role string) []string {
-	if p.isolation == IsolationDatabase {
+	if p.isolation != IsolationSchema {
 		return nil
 	}
 	return []string{"GRANT " + ident.Quote(tenantsRole(p.source.Database)) + " TO " + ident.Quote(role)}
@@ -408,7 +415,10 @@ func (c *Catalog) furnish(ctx context.Context, cc *pgx.ConnConfig, p *place) err
 }
 
 // migratePlace brings a made place up to date and records its version.
-func (c *Catalog) migratePlace(ctx context.Context, p *place) (applied []int64, err error) {
+func (c *Catalog) migratePlace(ctx context.Context, p *place, failed failedAreas) (applied []int64, err error) {
+	if p.isolation == IsolationShared {
+		return c.readyArea(ctx, p, failed)
+	}
 	conn, err := p.provisionerConn(ctx)
 	if err != nil {
 		return nil, err
@@ -447,10 +457,18 @@ func (c *Catalog) migrateAs(ctx context.Context, cc *pgx.ConnConfig, p *place) (
 	if m.empty() {
 		return nil, errNoMigrations
 	}
-	m.reader = p.runtime
+	m.guard = markerTable
 	db := stdlib.OpenDB(*cc)
 	defer db.Close()
-	db.SetMaxOpenConns(3) // goose holds one, its lock another
+	if p.isolation == IsolationShared {
+		db.SetMaxOpenConns(2) // the area's lock has the third
+	} else {
+		m.reader = p.runtime
+		db.SetMaxOpenConns(3) // goose holds one, its lock another
+		if err := installFunctions(ctx, db, p); err != nil {
+			return nil, err
+		}
+	}
 	r, err := newRun(db, p.source.Schema, m)
 	if err != nil {
 		return nil, err
@@ -462,12 +480,36 @@ func (c *Catalog) migrateAs(ctx context.Context, cc *pgx.ConnConfig, p *place) (
 	return applied, err
 }
 
+// installFunctions makes the functions that migrations call for the sake of shared schemas, where the schema is one tenant's.
+func installFunctions(ctx context.Context, db *sql.DB, p *place) error {
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		return withoutSecrets(err)
+	}
+	defer conn.Close()
+	return conn.Raw(func(driver any) error {
+		return rowsec.InstallSchemaModel(ctx, driver.(*stdlib.Conn).Conn(), p.source.Schema, p.owner, p.number())
+	})
+}
+
+// number is the tenant's in the rows of its place.
+func (p *place) number() int64 {
+	if p.promised != nil {
+		return *p.promised
+	}
+	return int64(p.tenant.ID)
+}
+
 var errNoMigrations = hinted(ErrNoMigrations, "set Config.Migrations to the service's goose files, for example: //go:embed migrations/*.sql and var migrations embed.FS")
 
 // verifyPlace asks the server whether the privileges are as they must be: what was granted and
 // refused along the way proves nothing, because some refusals are warnings.
 func verifyPlace(ctx context.Context, conn *pgx.Conn, p *place) error {
-	return ask(ctx, conn, append(loginChecks(p, p.source.User),
+	checks := loginChecks(p, p.source.User)
+	if p.isolation == IsolationShared { // whose owner may be at work for another tenant
+		return ask(ctx, conn, checks)
+	}
+	return ask(ctx, conn, append(checks,
 		check{`SELECT NOT rolcanlogin FROM pg_roles WHERE rolname = ` + ident.Literal(p.owner), "the owner may still log in", mendPlace}))
 }
 
@@ -488,6 +530,13 @@ func loginChecks(p *place, user string) []check {
 		{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + login, "the login has rights of the server's", mendPlace},
 	}
 	checks = append(checks, apartChecks(p, login)...)
+	if p.isolation == IsolationShared {
+		checks = append(checks,
+			check{`NOT has_database_privilege(` + login + `, current_database(), 'TEMPORARY')`, "the login may make temporary objects", mendPlace},
+			check{`NOT has_any_column_privilege(` + login + `, ` + version + `, 'SELECT, INSERT, UPDATE')`, "the login may read or change " + version, mendPlace},
+			check{`has_table_privilege(` + login + `, ` + marker + `, 'SELECT')`, "the login may not read " + marker, mendPlace})
+		return checks
+	}
 	for _, table := range []string{marker, version} {
 		checks = append(checks,
 			check{`has_table_privilege(` + login + `, ` + table + `, 'SELECT')`, "the login may not read " + table, mendPlace},
@@ -520,7 +569,11 @@ func leaving(pooled bool) inUse {
 // fence makes the server refuse the tenant, whatever any node believes: its logins may not log in, what
 // they are at has the drain's time to finish, and then their sessions end. A node that is paused or cut off is not asked.
 func fence(ctx context.Context, conn *pgx.Conn, p *place, wait inUse, drain time.Duration) error {
-	return closeLogins(ctx, conn, p.logins(), []string{p.owner}, wait, drain)
+	others := []string{p.owner}
+	if p.isolation == IsolationShared { // who works for the others, too
+		others = nil
+	}
+	return closeLogins(ctx, conn, p.logins(), others, wait, drain)
 }
 
 // closeLogins is fence for some logins of a place. The sessions of others end with theirs.

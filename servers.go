@@ -17,7 +17,7 @@ import (
 
 const (
 	feedConns = 3 // two to read with, one that listens
-	verbConns = 5 // a verb's, at most: its lock, the provisioner, and three of a migration
+	verbConns = 5 // a verb's, at most: its lock, the provisioner, and three of a migration, or two and the lock of a shared schema
 	workConns = 3 // kept for verbs: the lock, the provisioner and a proof, so that a tenant that uses up the budget can be suspended
 )
 

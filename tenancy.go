@@ -89,6 +89,7 @@ type Tenancy struct {
 	db, host   *TenantAwareDB
 	catalog    *Catalog
 	provisions chan struct{} // a slot for each tenant that may be made at once
+	areas      chan struct{} // held by the verb that works as the owner of a shared schema
 	closing    atomic.Bool   // no new sessions
 
 	mu         sync.Mutex // guards the fields below
@@ -147,7 +148,7 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 	if err != nil {
 		return nil, err
 	}
-	tn := &Tenancy{cfg: cfg, realm: primary.realm, primary: primary, servers: servers, migrations: m, provisions: make(chan struct{}, cfg.Limits.Provisions)}
+	tn := &Tenancy{cfg: cfg, realm: primary.realm, primary: primary, servers: servers, migrations: m, provisions: make(chan struct{}, cfg.Limits.Provisions), areas: make(chan struct{}, 1)}
 	tn.catalog = &Catalog{tn}
 	tn.db, tn.host = &TenantAwareDB{tn: tn}, &TenantAwareDB{tn: tn, host: true}
 	tn.managers = make(map[UserKey]bool, len(cfg.HostManagers))

@@ -46,14 +46,18 @@ const (
 	// IsolationDatabase keeps the tenant in a database of its own, to which no other tenant can connect. Inside, all is as with IsolationSchema,
 	// so that the service's code and migrations are the same for both. It needs what [AdminConfig].TenantDatabases makes.
 	IsolationDatabase Isolation = "database"
+	// IsolationShared keeps the rows of many tenants in the tables of one schema for each server, apart by row-level security and a login for each
+	// tenant. It is for many small tenants. The service's migrations say which tables are protected: SELECT tenancy_must('notes'). What they say nothing
+	// of, these tenants cannot reach (42501). Such a tenant does not move; see docs/guarantees.md for what else it has not.
+	IsolationShared Isolation = "shared"
 )
 
 func (i Isolation) check() error {
 	switch i {
-	case IsolationSchema, IsolationDatabase:
+	case IsolationSchema, IsolationDatabase, IsolationShared:
 		return nil
 	}
-	return fmt.Errorf("%q is not supported, only %q and %q are", i, IsolationSchema, IsolationDatabase)
+	return fmt.Errorf("%q is not supported, only %q, %q and %q are", i, IsolationSchema, IsolationDatabase, IsolationShared)
 }
 
 // Role is what a user is within one tenant.

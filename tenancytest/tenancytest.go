@@ -14,7 +14,8 @@
 // to use instead, on which the tests may create databases and roles; TENANCY_PG_DOWNLOAD=on allows fetching
 // binaries where there are none. A running server is never used uninvited.
 //
-// TENANCY_TEST_ISOLATION=database runs the tests with a database for each tenant, where their Config.Isolation says nothing.
+// TENANCY_TEST_ISOLATION=database runs the tests with a database for each tenant, where their Config.Isolation says nothing, and
+// TENANCY_TEST_ISOLATION=shared with all tenants in one schema.
 package tenancytest
 
 import (

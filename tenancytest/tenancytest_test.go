@@ -23,7 +23,7 @@ func TestMain(m *testing.M) {
 
 // TestAServiceIsTested is what a user's first test looks like.
 func TestAServiceIsTested(t *testing.T) {
-	for _, isolation := range []tenancy.Isolation{tenancy.IsolationSchema, tenancy.IsolationDatabase} {
+	for _, isolation := range []tenancy.Isolation{tenancy.IsolationSchema, tenancy.IsolationDatabase, tenancy.IsolationShared} {
 		t.Run(string(isolation), func(t *testing.T) {
 			t.Setenv("TENANCY_TEST_ISOLATION", string(isolation)) // as a user sets it for all tests of the service
 			aService(t, isolation)

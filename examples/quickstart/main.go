@@ -2,7 +2,7 @@
 //
 //	go run ./examples/quickstart -addr 127.0.0.1:8080
 //
-// Each tenant has a schema, or with -isolation database a database. The service is the same.
+// Each tenant has a schema, with -isolation database a database, or with -isolation shared its rows in one schema. The service is the same.
 //
 // This file is what the library asks of a service, notes.go is the service, and database.go
 // stands in for the PostgreSQL and the secret store that a service has anyway.
@@ -36,7 +36,7 @@ var migrations embed.FS
 func main() {
 	addr := flag.String("addr", "127.0.0.1:8080", "`host:port` to listen on")
 	url := flag.String("database", "", "administrator's `URL` of a PostgreSQL to use; default: a throw-away one of its own")
-	isolation := flag.String("isolation", string(tenancy.IsolationSchema), "what each tenant has of its own: schema or database")
+	isolation := flag.String("isolation", string(tenancy.IsolationSchema), "what each tenant has of its own: schema, database, or shared for rows in one schema")
 	flag.Parse()
 	if flag.NArg() > 0 {
 		flag.Usage()

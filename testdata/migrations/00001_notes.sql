@@ -4,6 +4,7 @@ CREATE TABLE notes (
     tenant text NOT NULL,
     title  text NOT NULL
 );
+SELECT tenancy_must('notes');
 
 -- +goose Down
 DROP TABLE notes;
