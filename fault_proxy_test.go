@@ -2,8 +2,10 @@ package tenancy_test
 
 import (
 	"bytes"
+	"maps"
 	"net"
 	"net/url"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -40,6 +42,7 @@ type strait struct {
 type passage struct {
 	client, server *net.TCPConn
 	ended          chan struct{} // closed when it was cut
+	gone           chan struct{} // closed when its sockets are: a read that is under way puts that off
 	once           sync.Once
 	losing         bool // guarded by strait.mu: its next answer is lost
 }
@@ -102,8 +105,16 @@ func (s *strait) refuse() { s.set(func() { s.refusing = true }) }
 // reset is cut without a good-bye: both ends see a reset.
 func (s *strait) reset() { s.end(true, true) }
 
-// drop ends the connections that there are. New ones pass.
-func (s *strait) drop() { s.end(false, false) }
+// drop ends the connections that there are, and returns when they are closed: nothing that is sent then has arrived. New ones pass.
+func (s *strait) drop() {
+	s.mu.Lock()
+	dropped := slices.Collect(maps.Keys(s.passages))
+	s.mu.Unlock()
+	s.end(false, false)
+	for _, p := range dropped {
+		<-p.gone
+	}
+}
 
 func (s *strait) end(refusing, abrupt bool) {
 	s.set(func() {
@@ -183,7 +194,7 @@ func (s *strait) accept() {
 		s.mu.Lock()
 		s.dialled++
 		refusing, abrupt := s.refusing, s.abrupt
-		p := &passage{client: client.(*net.TCPConn), ended: make(chan struct{})}
+		p := &passage{client: client.(*net.TCPConn), ended: make(chan struct{}), gone: make(chan struct{})}
 		if !refusing {
 			s.passages[p] = struct{}{}
 			s.done.Go(func() { s.pass(p) })
@@ -197,6 +208,7 @@ func (s *strait) accept() {
 
 // pass joins a client with the server and forwards until both have ended.
 func (s *strait) pass(p *passage) {
+	defer close(p.gone)
 	defer func() {
 		s.mu.Lock()
 		delete(s.passages, p)

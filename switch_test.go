@@ -449,10 +449,11 @@ func TestATransactionThatKeepsTheLoginsRowKeepsNoVerb(t *testing.T) {
 	}
 	for name, verb := range verbs {
 		from := sourceOf(t, tn, acme.ID)
+		var keepers sync.WaitGroup
 		for range 2 { // one has the row, the other one waits for it
 			session := login(t, tn, acme.ID)
 			must(t, session, `BEGIN`)
-			go session.Exec(t.Context(), `ALTER ROLE CURRENT_USER PASSWORD 'mine'`)
+			keepers.Go(func() { _, _ = session.Exec(t.Context(), `ALTER ROLE CURRENT_USER PASSWORD 'mine'`) }) // until its session is ended
 		}
 		until(t, 5*time.Second, "1", func() string {
 			return fmt.Sprint(scan[int](t, admin, `SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND wait_event_type = 'Lock'`, from.User))
@@ -461,6 +462,7 @@ func TestATransactionThatKeepsTheLoginsRowKeepsNoVerb(t *testing.T) {
 		if err := verb(); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+		keepers.Wait()
 		if took := time.Since(start); took < drain || took > drain+15*time.Second {
 			t.Errorf("%s: it took %v", name, took)
 		}
