@@ -21,7 +21,7 @@ type proof struct {
 	pool     *tenantPool
 	conn     *budget.Conn // nil: the budget has not dialled it
 	doubtful bool         // it was unused for so long that it is asked whether it lives; only who has the connection looks
-	rested   bool         // it was unused for long enough to look at its socket first, which costs a call of the system
+	rested   bool         // it was unused for long enough to look at its socket first, where nothing tells afterwards what did not arrive
 }
 
 // stirs says whether the server has said something since the last answer, or is gone.

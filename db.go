@@ -31,8 +31,8 @@ import (
 // Cancelling a call's ctx ends its wait for a connection, or breaks the connection that runs its
 // statement, as in pgx.
 //
-// A statement that was never sent is sent once more, over another connection; so is, outside a transaction, one that the server
-// refused because its plan was older than a migration. Nothing else is ever repeated, and no batch.
+// A statement that was never sent, or (known on Linux alone) cannot have arrived, is sent once more, over another connection; so is, outside a
+// transaction, one that the server refused because its plan was older than a migration. Nothing else is ever repeated, and no batch.
 //
 // [Tenancy.Host] returns the same type over the host's own database: then the tenant of a
 // context does not matter, and the error without such a database is [ErrNoHostData].
