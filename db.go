@@ -241,6 +241,9 @@ func (c *checkout) copyFrom(ctx context.Context, tableName pgx.Identifier, colum
 	} else {
 		n, err = insertRows(ctx, c.conn, tableName, columnNames, src)
 	}
+	if ended := ctx.Err(); err != nil && ended != nil && !errors.Is(err, ended) {
+		err = fmt.Errorf("%w: %w", ended, err) // pgx names what it found: the socket that it has closed because of ctx
+	}
 	return n, !src.asked.Load() && mayRepeat(ctx, c.conn.Conn(), err, true), err
 }
 
