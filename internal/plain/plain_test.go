@@ -260,10 +260,14 @@ func FuzzRead(f *testing.F) {
 }
 
 func BenchmarkRead(b *testing.B) {
-	b.ReportAllocs()
-	for b.Loop() {
-		if !plain.Read(sqlc) {
-			b.Fatal("refused")
-		}
+	for name, sql := range map[string]string{"short": "SELECT id, title, body FROM notes WHERE author_id = $1 ORDER BY created_at DESC LIMIT 20", "long": sqlc} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if !plain.Read(sql) {
+					b.Fatal("refused")
+				}
+			}
+		})
 	}
 }

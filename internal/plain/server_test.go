@@ -268,3 +268,38 @@ func TestReadLeavesTheSessionAsItWas(t *testing.T) {
 		t.Log(summary)
 	}
 }
+
+// Pieces of quotes and comments in any order around a call: where Read says that the call is only text, the server has to agree.
+func TestReadFindsTheQuotesThatTheServerFinds(t *testing.T) {
+	g := grammar{rand.New(rand.NewPCG(3, 4))}
+	for _, conforming := range []string{"on", "off"} {
+		conn := dial(t)
+		if _, err := conn.PgConn().Exec(t.Context(), fixture+"; SET standard_conforming_strings = "+conforming).ReadAll(); err != nil {
+			t.Fatal(err)
+		}
+		before := leftIn(t, conn)
+		read, ran := 0, 0
+		for range 50_000 {
+			sql := "SELECT 1"
+			for range 1 + g.IntN(9) {
+				sql += g.pick(`'`, `'`, `''`, `"`, `"`, `/*`, `*/`, `/`, `*`, `--`, "\n", "\r", "\f", `$$`, `$1`, `$a$`, `$`, `e`, `E'`, `U&`, `u&"`, `\`, `||`, `,`, ` AS `, ` `, `1`, `a`, `é`, `.`, `;`, `(`, `)`,
+					`, set_config('plain.y', 'b', false)`, `,pg_advisory_lock(9)`, `,set_config($$plain.y$$,$$b$$,false)`, `; SET plain.x = 1`, `,('plain_s'::regclass).nextval`)
+			}
+			if !strings.Contains(sql, "plain") && !strings.Contains(sql, "lock") || !plain.Read(sql) {
+				continue
+			}
+			read++
+			if _, err := conn.PgConn().Exec(t.Context(), sql).ReadAll(); err != nil {
+				continue
+			}
+			ran++
+			if after := leftIn(t, conn); after != before {
+				t.Fatalf("left in the session:\n%s\nwhere there was\n%s\nby %q", after, before, sql)
+			}
+		}
+		if read < 300 || ran < 100 {
+			t.Errorf("the pieces test little: %d reads, %d ran", read, ran)
+		}
+		t.Logf("standard_conforming_strings %s: %d reads, %d ran", conforming, read, ran)
+	}
+}
