@@ -97,9 +97,6 @@ func Read(sql string) bool {
 				return false // what a backslash does depends on a setting
 			}
 			last = token{kind: other}
-		case digit(c):
-			last = token{kind: other}
-			i++
 		case c == '$':
 			if !digit(next(sql, i)) {
 				return false // dollar quotes
@@ -119,10 +116,7 @@ func Read(sql string) bool {
 		case c == ';':
 			ended = true
 			i++
-		case parts[c] == symbol:
-			if last.kind == dotAfterExpression && c != '*' {
-				return false
-			}
+		case parts[c] == symbol, digit(c):
 			last = token{kind: other}
 			i++
 		default:
@@ -190,7 +184,7 @@ func dotted(last token, beforeDigit bool) token {
 	case beforeDigit:
 		return token{kind: other} // a number
 	case last.kind == bare || last.kind == quoted:
-		return token{kind: dot, catalog: !last.qualified && isCatalog(last)}
+		return token{kind: dot, catalog: isCatalog(last)}
 	default:
 		return token{kind: dotAfterExpression}
 	}
@@ -204,8 +198,6 @@ func isCatalog(t token) bool {
 // the name of a listed function.
 func (t token) opens() bool {
 	switch {
-	case t.kind == dot || t.kind == dotAfterExpression:
-		return false
 	case t.kind != bare && t.kind != quoted || t.alias:
 		return true
 	case t.qualified && !t.catalog:
