@@ -79,7 +79,7 @@ func Read(sql string) bool {
 				if what == lockFor {
 					lock = 1
 				}
-			case what == as && !last.qualified:
+			case what == as && !last.qualified && !last.alias:
 				last.as = true
 			}
 		case c == '"':

@@ -118,7 +118,7 @@ var stays = []string{
 
 var staysInside = []string{
 	`set_config('plain.y', 'b', false)`, `"set_config" ('plain.y', 'b', false)`, "SET_CONFIG -- c\n('plain.y', 'b', false)", `pg_catalog . set_config('plain.y', 'b', false)`,
-	`pg_advisory_lock(7)::text`, `(7::bigint).pg_advisory_lock::text`, `pg_try_advisory_lock_shared(7)::text`, `nextval('plain_s')::text`,
+	`pg_advisory_lock(7)::text`, `(7::bigint).pg_advisory_lock::text`, `pg_advisory_lock_shared(7)::text`, `nextval('plain_s')::text`,
 	`('plain_s'::regclass).nextval::text`, `(SELECT x.nextval FROM CAST('plain_s' AS regclass) x)::text`, `(SELECT x."pg_advisory_lock" FROM CAST(8 AS bigint) x)::text`,
 	`setval('plain_s', 3)::text`, `query_to_xml('SELECT set_config(''plain.y'', ''b'', false)', true, true, '')::text`,
 	`U&"set_confi\0067"('plain.y', 'b', false)`, `U&"set!005fconfig" UESCAPE '!' ('plain.y', 'b', false)`,
