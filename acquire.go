@@ -41,11 +41,18 @@ var errDead = errors.New("tenancy: the connection is dead")
 
 // acquire takes a connection that is proved to be the tenant's own, whatever built the pool. Whoever gets one calls release.
 func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
+	return p.acquireBy(ctx, func() time.Time { return time.Now().Add(p.limits.AcquireTimeout) })
+}
+
+// acquireBy is acquire for a caller whose patience ends at another time, which is asked for when it has to wait; a zero one is not to wait at all.
+func (p *tenantPool) acquireBy(ctx context.Context, until func() time.Time) (*pgxpool.Conn, error) {
 	var deadline time.Time
 	for missed := 0; ; {
 		if missed > 1 || !p.account.TryEnter() {
 			if deadline.IsZero() {
-				deadline = time.Now().Add(p.limits.AcquireTimeout)
+				if deadline = until(); deadline.IsZero() {
+					return nil, errNoSlot
+				}
 			}
 			if err := p.enter(ctx, deadline, missed); err != nil {
 				return nil, err

@@ -26,6 +26,8 @@ func (c *Catalog) RotateKeys(ctx context.Context) (sealed int, err error) {
 			`UPDATE tenancy.servers SET provisioner = $3 WHERE id = $1 AND provisioner = $2`},
 		{"data_source", `SELECT id, uid, sealed FROM tenancy.data_sources WHERE state <> 'dropped' ORDER BY id`,
 			`UPDATE tenancy.data_sources SET sealed = $3 WHERE id = $1 AND sealed = $2`},
+		{"dense_login", `SELECT id, (SELECT realm FROM tenancy.realm), sealed FROM tenancy.dense_logins ORDER BY id`,
+			`UPDATE tenancy.dense_logins SET sealed = $3 WHERE id = $1 AND sealed = $2`},
 	} {
 		type record struct {
 			ID   int64

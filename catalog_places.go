@@ -292,8 +292,8 @@ func (c *Catalog) move(ctx context.Context, op string, now, to *place) error {
 		if tag.RowsAffected() == 0 { // DropPlace came before
 			return errOvertaken
 		}
-		tag, err = tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2, isolation = $4, generation = generation + 1, updated = now()
-			WHERE id = $1 AND generation = $3`, id, to.id, now.tenant.Generation, to.isolation)
+		tag, err = tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2, isolation = $4, dense = $5, generation = generation + 1, updated = now()
+			WHERE id = $1 AND generation = $3`, id, to.id, now.tenant.Generation, to.isolation, to.dense)
 		if err != nil {
 			return err
 		}
@@ -404,7 +404,7 @@ func (c *Catalog) dropUnused(ctx context.Context, p *place) error {
 }
 
 // placeGone is what is written of a place that was dropped.
-const placeGone = `state = 'dropped', sealed = '', next_login = '', next_sealed = NULL, old_login = '', leaving = NULL, updated = now()`
+const placeGone = `state = 'dropped', sealed = '', next_login = '', next_sealed = NULL, old_login = '', leaving = NULL, dense = false, dense_role = '', updated = now()`
 
 // prepared finds the place that d names among those that Prepare made.
 func (c *Catalog) prepared(ctx context.Context, q querier, d DataSource) (uid UID, source int64, err error) {
@@ -428,10 +428,11 @@ func (c *Catalog) placeByID(ctx context.Context, id int64) (*place, error) {
 	var sealed, provisioner []byte
 	db := c.tn.primary
 	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
-		d.next_login, d.next_sealed, d.old_login, d.promised, s.pooler, s.pooler_tls, s.provisioner
-		FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE d.id = $1`, id).
+		d.next_login, d.next_sealed, d.old_login, d.promised, d.dense, d.dense_role, coalesce(l.login, ''), s.pooler, s.pooler_tls, s.provisioner
+		FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
+		LEFT JOIN tenancy.dense_logins l ON l.server = d.server AND l.isolation = d.isolation WHERE d.id = $1`, id).
 		Scan(&p.tenant.UID, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
-			&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.pooler, &p.poolerTLS, &provisioner)
+			&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.dense, &p.denseRole, &p.denseLogin, &p.pooler, &p.poolerTLS, &provisioner)
 	if err != nil {
 		return nil, unavailable("read place", err)
 	}
@@ -474,6 +475,11 @@ func (c *Catalog) openPlace(ctx context.Context, p *place) error {
 	}
 	if err := c.tn.setLogin(ctx, conn, p.source); err != nil {
 		return err
+	}
+	if p.dense {
+		if err := c.openDense(ctx, conn, p); err != nil {
+			return err
+		}
 	}
 	return c.tn.proveLogin(ctx, p)
 }

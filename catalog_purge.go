@@ -115,12 +115,13 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 // dropPlace drops the schema, or the database that it is in, then what its roles own elsewhere, then the roles. In a shared schema it deletes
 // the tenant's rows, and what is left of the place are its logins.
 func (c *Catalog) dropPlace(ctx context.Context, p *place, r *Receipt) error {
-	roles := append(p.logins(), p.runtime, p.owner)
+	roles := append(p.logins(), p.denseRoles()...)
 	if p.isolation == IsolationShared {
 		if err := c.erase(ctx, p, r); err != nil {
 			return fmt.Errorf("erase rows in %s: %w", p.source.Schema, err)
 		}
-		roles = p.logins()
+	} else {
+		roles = append(roles, p.runtime, p.owner)
 	}
 	conn, err := p.provisionerConn(ctx)
 	if err != nil {

@@ -55,6 +55,11 @@ func (c *Catalog) RotatePassword(ctx context.Context, id ID) error {
 
 // finishRotation goes on where a rotation of the tenant's place was cut off. The tenant's lock is held.
 func (c *Catalog) finishRotation(ctx context.Context, p *place) error {
+	if p.denseRole != "" && !p.dense {
+		if err := c.leaveDense(ctx, p); err != nil {
+			return err
+		}
+	}
 	if p.nextLogin != "" {
 		return c.rotate(ctx, p)
 	}

@@ -148,6 +148,12 @@ type Limits struct {
 	TenantWaiters int
 	// PrimaryConns is the size of the pool to the primary; the feed has up to three connections besides. Default: 8. At least 3.
 	PrimaryConns int32
+	// DenseConns is the most connections of a shared pool ([Catalog.SetDense]) on one node: of each server, and of each isolation there. A
+	// tenant uses TenantConns of them at most. Default: 8. At most 1,000.
+	DenseConns int32
+	// DenseTenants is how many tenants a connection of a shared pool serves before it is replaced, because PostgreSQL keeps some 0.25 MB in a session for each
+	// tenant with a dozen tables. Default: 200.
+	DenseTenants int
 	// TenantIdle is how long an unused tenant keeps its pool. Default: 1 min.
 	TenantIdle time.Duration
 	// ConnIdle is how long an unused connection is kept. Default: 1 min.
@@ -235,6 +241,8 @@ func (c Config) withDefaults() Config {
 	def(&c.Limits.TenantFloor, 1)
 	def(&c.Limits.TenantWaiters, 100)
 	def(&c.Limits.PrimaryConns, 8)
+	def(&c.Limits.DenseConns, 8)
+	def(&c.Limits.DenseTenants, 200)
 	def(&c.Limits.TenantIdle, time.Minute)
 	def(&c.Limits.ConnIdle, time.Minute)
 	def(&c.Limits.AcquireTimeout, 10*time.Second)
@@ -305,6 +313,7 @@ func (l Limits) validate() error {
 	errs := []error{
 		atLeast("Limits.ServerConns", l.ServerConns, 1), atLeast("Limits.Nodes", l.Nodes, 1),
 		atLeast("Limits.TenantConns", l.TenantConns, 1), atMost("Limits.TenantConns", l.TenantConns, 10_000),
+		atLeast("Limits.DenseConns", l.DenseConns, 1), atMost("Limits.DenseConns", l.DenseConns, 1000), atLeast("Limits.DenseTenants", l.DenseTenants, 1),
 		atLeast("Limits.TenantFloor", l.TenantFloor, 1), atMost("Limits.TenantFloor", l.TenantFloor, max(1, l.TenantConns)),
 		atLeast("Limits.TenantWaiters", l.TenantWaiters, 1), atLeast("Limits.PrimaryConns", l.PrimaryConns, 3),
 		within("Limits.TenantIdle", l.TenantIdle, time.Second, 24*time.Hour),

@@ -67,7 +67,7 @@ func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any)
 // exec also says whether the statement may be sent once more.
 func (c *checkout) exec(ctx context.Context, sql string, arguments []any) (tag pgconn.CommandTag, harmless bool, err error) {
 	defer c.release() // also when an argument's Value method panics
-	tag, err = c.conn.Exec(ctx, sql, arguments...)
+	tag, err = c.on().Exec(ctx, sql, arguments...)
 	return tag, err != nil && mayRepeat(ctx, c.conn.Conn(), err, execsOne(ctx, c.conn.Conn(), sql, arguments)), err
 }
 
@@ -176,7 +176,7 @@ func (c *checkout) query(ctx context.Context, sql string, args []any) (r pgx.Row
 			c.release()
 		}
 	}()
-	r, err = c.conn.Query(ctx, sql, args...)
+	r, err = c.on().Query(ctx, sql, args...)
 	kept = err == nil
 	return r, err != nil && mayRepeat(ctx, c.conn.Conn(), err, queriesOne(c.conn.Conn(), args)), err
 }
@@ -206,7 +206,7 @@ func (db *TenantAwareDB) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchR
 			c.release()
 		}
 	}()
-	br := c.conn.SendBatch(ctx, b)
+	br := c.on().SendBatch(ctx, b)
 	kept = true
 	if inner := br.Tx(); inner != nil {
 		return &leasedBatch{BatchResults: br, tx: &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}}
@@ -237,9 +237,9 @@ func (db *TenantAwareDB) CopyFrom(ctx context.Context, tableName pgx.Identifier,
 func (c *checkout) copyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, src *watchedSource) (n int64, harmless bool, err error) {
 	defer c.release()
 	if c.pool.copies() {
-		n, err = c.conn.CopyFrom(ctx, tableName, columnNames, src)
+		n, err = c.on().CopyFrom(ctx, tableName, columnNames, src)
 	} else {
-		n, err = insertRows(ctx, c.conn, tableName, columnNames, src)
+		n, err = insertRows(ctx, c.on(), tableName, columnNames, src)
 	}
 	if ended := ctx.Err(); err != nil && ended != nil && !errors.Is(err, ended) {
 		err = fmt.Errorf("%w: %w", ended, err) // pgx names what it found: the socket that it has closed because of ctx
@@ -277,7 +277,7 @@ func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (
 			return nil, err
 		}
 		conn := c.conn.Conn()
-		inner, err := c.conn.BeginTx(ctx, txOptions)
+		inner, err := c.on().BeginTx(ctx, txOptions)
 		if err == nil {
 			return &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}, nil
 		}
@@ -347,6 +347,11 @@ func (db *TenantAwareDB) WithConn(ctx context.Context, fn func(ctx context.Conte
 	// pointer that fn has kept, a changed type map or a goroutine still reading cannot be taken back.
 	// A call that can afford a session can afford the 3 ms of a new connection.
 	defer c.destroy(ctx)
+	if c.dense != nil {
+		if err := c.dense.use(ctx); err != nil {
+			return err
+		}
+	}
 	return fn(ctx, c.conn.Conn())
 }
 
@@ -355,6 +360,17 @@ type checkout struct {
 	conn  *pgxpool.Conn // nil once given back
 	pool  *tenantPool   // nil: the host's
 	lease lease.Lease[ID, *tenantPool]
+
+	dense *denseSession                     // what the tenant's calls go through where it shares a pool; nil: conn itself
+	slot  lease.Lease[slotKey, *tenantPool] // of the shared pool, with dense
+}
+
+// on is what the tenant's statements are run on.
+func (c *checkout) on() runner {
+	if c.dense != nil {
+		return c.dense
+	}
+	return c.conn
 }
 
 // checkout finds the tenant of ctx, its pool, and in it a connection that has proved itself.
@@ -371,7 +387,7 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 		// Somebody else closed the pool. Nothing was sent, and the next lease is a new pool's.
 		c, err = db.tn.acquire(ctx, r)
 	}
-	if err != nil && isState(err, "28P01", "28000") {
+	if err != nil && (isState(err, "28P01", "28000") || errors.Is(err, errUnbound)) {
 		// It may have been another for a moment, which the feed has not told us yet.
 		c, err = db.tn.acquireAnew(ctx, r, c.pool, err)
 	}
@@ -430,16 +446,17 @@ func (tn *Tenancy) acquire(ctx context.Context, r *record) (checkout, error) {
 			l.Release()
 		}
 	}()
-	p := l.Value()
-	conn, err := p.acquire(ctx)
+	c := checkout{pool: l.Value(), lease: l}
+	if c.pool.dense != nil {
+		err = tn.acquireDense(ctx, &c)
+	} else if c.conn, err = c.pool.acquire(ctx); poolClosed(err) {
+		l.Discard()
+	}
 	if err != nil {
-		if poolClosed(err) {
-			l.Discard()
-		}
-		return checkout{pool: p}, err
+		return checkout{pool: c.pool}, err
 	}
 	kept = true
-	return checkout{conn: conn, pool: p, lease: l}, nil
+	return c, nil
 }
 
 func (db *TenantAwareDB) checkoutHost(ctx context.Context, op string) (checkout, error) {
@@ -504,11 +521,15 @@ func (c *checkout) release() {
 		return
 	}
 	c.conn = nil
-	if c.pool == nil {
+	switch {
+	case c.pool == nil:
 		conn.Release()
 		return
+	case c.dense != nil:
+		c.releaseDense(conn)
+	default:
+		c.pool.release(conn)
 	}
-	c.pool.release(conn)
 	c.lease.Release()
 }
 
@@ -516,11 +537,15 @@ func (c *checkout) release() {
 func (c *checkout) destroy(ctx context.Context) {
 	conn := c.conn
 	c.conn = nil
-	if c.pool == nil {
+	switch {
+	case c.pool == nil:
 		destroy(ctx, conn)
 		return
+	case c.dense != nil:
+		c.discardDense(ctx, conn)
+	default:
+		c.pool.discard(ctx, conn)
 	}
-	c.pool.discard(ctx, conn)
 	c.lease.Release()
 }
 

@@ -1070,7 +1070,7 @@ func TestAFrozenServerIsNoticedWithoutADeadline(t *testing.T) {
 // TestAServerThatIsSlowToConnectIsWaitedForAWhile, which is Limits.ConnectTimeout.
 func TestAServerThatIsSlowToConnectIsWaitedForAWhile(t *testing.T) {
 	t.Parallel()
-	x := newFaulty(t, tenancy.Config{Limits: tenancy.Limits{ConnectTimeout: time.Second}})
+	x := newFaulty(t, tenancy.Config{Limits: tenancy.Limits{ConnectTimeout: 2 * time.Second}})
 	x.neighbourAtWork()
 	for delay, served := range map[time.Duration]bool{300 * time.Millisecond: true, 20 * time.Second: false} {
 		x.strait.drop()

@@ -22,6 +22,7 @@ type identity struct {
 	uid      string
 	question string // the statements that ask for it
 	pooled   bool   // through a pooler, which is asked in another way
+	unbound  bool   // of a login of many tenants: whose the connection is, is asked when it is bound
 }
 
 // identity is what a connection to the data source has to say when it is the tenant's.
@@ -51,6 +52,14 @@ func question(schema string, shared bool) string {
 		markerQuestion(schema)
 }
 
+// loginQuestion asks a connection whose login is that of many tenants. It finds no schema of theirs.
+const loginQuestion = "SHOW search_path; SELECT current_catalog, pg_catalog.pg_backend_pid(), current_user"
+
+// boundQuestion asks such a connection when it has taken a tenant's role.
+func boundQuestion(schema string) string {
+	return "SELECT current_catalog, pg_catalog.pg_backend_pid(), current_user, pg_catalog.current_schemas(false); " + markerQuestion(schema)
+}
+
 func markerQuestion(schema string) string {
 	return "SELECT realm, tenant FROM " + ident.Quote(schema, markerTable) + " LIMIT 2"
 }
@@ -69,11 +78,15 @@ func schemasOf(schema string, extensions, reference bool) []string {
 // searchPath is the value of the startup parameter: quoted names, because an unquoted one is folded
 // to another tenant's, and never public.
 func searchPath(schema string, extensions, reference bool) string {
-	schemas := schemasOf(schema, extensions, reference)
+	return quotedPath(schemasOf(schema, extensions, reference))
+}
+
+func quotedPath(schemas []string) string {
+	quoted := make([]string, len(schemas))
 	for i, s := range schemas {
-		schemas[i] = ident.Quote(s)
+		quoted[i] = ident.Quote(s)
 	}
-	return strings.Join(schemas, ", ")
+	return strings.Join(quoted, ", ")
 }
 
 // proveLogin connects once as the place's login, on the same terms as a pool.
@@ -134,6 +147,9 @@ func (w *identity) proveDirect(ctx context.Context, pg *pgconn.PgConn) error {
 	if err != nil {
 		return unanswered(err)
 	}
+	if w.unbound && len(results) == 2 {
+		return nil
+	}
 	if len(results) != 3 {
 		return hinted(ErrIdentity, "it gave %d answers to three questions", len(results))
 	}
@@ -182,7 +198,7 @@ func (w *identity) login(user, superuser string) error {
 // session judges the answers to the first two questions. Who logged in has been judged before.
 func (w *identity) session(pid uint32, path, rows [][][]byte) error {
 	columns := 3
-	if len(w.schemas) > 1 {
+	if len(w.schemas) > 1 && !w.unbound {
 		columns = 4
 	}
 	if len(path) != 1 || len(path[0]) != 1 || len(rows) != 1 || len(rows[0]) != columns {
@@ -200,6 +216,25 @@ func (w *identity) session(pid uint32, path, rows [][][]byte) error {
 		return hinted(ErrIdentity, "search_path is %s, not %q", path[0][0], w.schemas)
 	case columns == 4 && string(rows[0][3]) != "{"+strings.Join(w.schemas, ",")+"}":
 		return hinted(ErrIdentity, "search_path finds %s, not %q (a schema that is missing, or without USAGE, is not found)", rows[0][3], w.schemas)
+	}
+	return nil
+}
+
+// bound judges the answer to boundQuestion's first.
+func (w *identity) bound(pid uint32, rows [][][]byte) error {
+	if len(rows) != 1 || len(rows[0]) != 4 {
+		return hinted(ErrIdentity, "it gave other rows than it was asked for")
+	}
+	database, backend, user, schemas := string(rows[0][0]), string(rows[0][1]), string(rows[0][2]), string(rows[0][3])
+	switch {
+	case backend != strconv.FormatUint(uint64(pid), 10):
+		return hinted(ErrPooler, "we dialled backend %d and are answered by %s: tenants that share a pool do not go through a pooler", pid, backend)
+	case user != w.user:
+		return hinted(ErrIdentity, "current user %q, not %q", user, w.user)
+	case database != w.database:
+		return hinted(ErrIdentity, "database %q, not %q", database, w.database)
+	case schemas != "{"+strings.Join(w.schemas, ",")+"}":
+		return hinted(ErrIdentity, "search_path finds %s, not %q (a schema that is missing, or without USAGE, is not found)", schemas, w.schemas)
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net"
 	"slices"
 	"strconv"
@@ -73,12 +74,14 @@ type tenantPool struct {
 	crowded atomic.Int32 // attempts to connect in a row that the server had no connection left for
 
 	afterRelease func(*pgx.Conn) bool // the service's hook; nil: none
+
+	dense *binding // the tenant has no pool of its own, and of the fields above tenant and limits alone; nil: it has
+	slot  bool     // one connection of a shared pool, and nobody's in particular
 }
 
 // newPools returns the pools of all tenants: each is built at its first use, replaced when the
 // tenant's generation rises, and closed after its last lease.
-func (tn *Tenancy) newPools() *lease.Table[ID, *tenantPool] {
-	m := &poolMaker{tn: tn, live: map[*pgxpool.Pool]ID{}}
+func (tn *Tenancy) newPools(m *poolMaker) *lease.Table[ID, *tenantPool] {
 	return lease.New(lease.Config[ID, *tenantPool]{
 		Build:     m.build,
 		Close:     m.close,
@@ -86,6 +89,8 @@ func (tn *Tenancy) newPools() *lease.Table[ID, *tenantPool] {
 		IdleAfter: tn.cfg.Limits.TenantIdle,
 	})
 }
+
+func newPoolMaker(tn *Tenancy) *poolMaker { return &poolMaker{tn: tn, live: map[*pgxpool.Pool]ID{}} }
 
 // poolMaker builds pools and remembers which are open.
 type poolMaker struct {
@@ -100,28 +105,36 @@ func (m *poolMaker) build(ctx context.Context, id ID, generation int64) (*tenant
 	if err != nil {
 		return nil, err
 	}
+	if r.dense != nil {
+		return m.tn.newDense(r)
+	}
 	source, err := r.source.viaPooler()
 	if err != nil {
 		return nil, err
 	}
 	p := &tenantPool{tenant: r.tenant, limits: m.tn.cfg.Limits, want: m.tn.identity(r.tenant.UID, source),
 		server: m.tn.servers.of(source.Host, source.Port), breaker: newBreaker(m.tn.cfg.Logger, r.tenant)}
+	return p, m.fill(ctx, p, source)
+}
+
+// fill makes the pool itself.
+func (m *poolMaker) fill(ctx context.Context, p *tenantPool, source DataSource) error {
 	cfg, err := m.tn.poolConfig(ctx, p, source)
 	if err != nil {
-		return nil, withoutSecrets(err)
+		return withoutSecrets(err)
 	}
 	builder := m.tn.cfg.PoolBuilder
 	if builder == nil {
 		builder = PoolBuilderFunc(newPool)
 	}
-	if p.pool, err = builder.BuildPool(ctx, r.tenant, cfg); err != nil {
-		return nil, withoutSecrets(err)
+	if p.pool, err = builder.BuildPool(ctx, p.tenant, cfg); err != nil {
+		return withoutSecrets(err)
 	}
 	if err := m.claim(p); err != nil {
-		return nil, err
+		return err
 	}
 	p.built.Store(true)
-	return p, nil
+	return nil
 }
 
 func newPool(ctx context.Context, _ Tenant, cfg *pgxpool.Config) (*pgxpool.Pool, error) {
@@ -144,6 +157,9 @@ func (m *poolMaker) claim(p *tenantPool) error {
 
 // close blocks until every connection has come back, so it is called in the background.
 func (m *poolMaker) close(p *tenantPool) {
+	if p.dense != nil {
+		return
+	}
 	p.account.Close()
 	// Nobody uses what is open. What has not said good-bye soon hangs: pgx waits for a broken connection, and for its cancel request, for 15 s.
 	timer := time.AfterFunc(closeTimeout, p.account.HangUp)
@@ -155,7 +171,13 @@ func (m *poolMaker) close(p *tenantPool) {
 }
 
 // cut breaks the connections under the hands of those who use them, who then give them back.
-func (p *tenantPool) cut() { p.account.Cut() }
+func (p *tenantPool) cut() {
+	if p.dense != nil {
+		p.dense.cut()
+		return
+	}
+	p.account.Cut()
+}
 
 // newPoolDefaults returns what all tenants' pools begin with. pgxpool insists on having parsed it, which takes longer than all the rest of a
 // pool, so it is done once.
@@ -193,6 +215,13 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 		conn.RuntimeParams["statement_timeout"] = strconv.FormatInt(c.Limits.StatementTimeout.Milliseconds(), 10)
 	}
 	pins := tn.pins(conn, source)
+	waiters, ceiling := c.Limits.TenantWaiters, c.Limits.TenantConns
+	if p.slot {
+		conn.DefaultQueryExecMode, conn.StatementCacheCapacity = pgx.QueryExecModeDescribeExec, 0 // a session prepares each tenant's own
+		pins.searchPath = quotedPath(p.want.schemas)
+		waiters, ceiling = math.MaxInt32, 1 // each tenant's are counted
+		cfg.MaxConns = 1
+	}
 	pins.set(conn)
 
 	if c.PoolConfig != nil {
@@ -202,15 +231,15 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 		switch { // each of these would panic later, where nobody can catch it
 		case cfg.ConnConfig != conn:
 			return nil, invalid(errors.New("Config.PoolConfig replaced ConnConfig: set its fields instead"))
-		case cfg.MaxConns < 1 || cfg.MaxConns > c.Limits.TenantConns: // more, and the login's CONNECTION LIMIT would refuse them
-			return nil, invalid(fmt.Errorf("Config.PoolConfig set MaxConns to %d: from 1 to Limits.TenantConns, %d", cfg.MaxConns, c.Limits.TenantConns))
+		case cfg.MaxConns < 1 || cfg.MaxConns > ceiling: // more, and the login's CONNECTION LIMIT would refuse them
+			return nil, invalid(fmt.Errorf("Config.PoolConfig set MaxConns to %d: from 1 to %d (Limits.TenantConns; 1 in a shared pool)", cfg.MaxConns, ceiling))
 		case cfg.HealthCheckPeriod <= 0:
 			return nil, invalid(fmt.Errorf("Config.PoolConfig set HealthCheckPeriod to %v: above 0", cfg.HealthCheckPeriod))
 		}
 	}
 	cfg = cfg.Copy() // a hook that kept cfg cannot change it any more
 	p.account = p.server.NewAccount(budget.AccountConfig{
-		Floor: int(c.Limits.TenantFloor), Ceiling: int(cfg.MaxConns), Waiters: c.Limits.TenantWaiters, Patience: c.Limits.PingTimeout,
+		Floor: int(c.Limits.TenantFloor), Ceiling: int(cfg.MaxConns), Waiters: waiters, Patience: c.Limits.PingTimeout,
 		Connect: p.connect, Evict: p.evict, Idle: func() bool { return p.built.Load() && p.pool.Stat().IdleConns() > 0 },
 	})
 	p.guard(cfg, pins)
@@ -317,7 +346,9 @@ func (p *tenantPool) guardErrors(cc *pgx.ConnConfig) {
 		if c := budget.Of(conn.Conn()); c != nil && err.SeverityUnlocalized == "FATAL" {
 			c.LastWords() // pgx closes it next, and TLS says good-bye of its own
 		}
-		if p.built.Load() && outdates(conn, err) {
+		if s, ok := conn.CustomData()[denseKey].(*denseSession); ok && outdatedPlan(err) {
+			s.to.outdated.Add(1) // of the others that share the pool it says nothing
+		} else if p.built.Load() && outdates(conn, err) {
 			p.pool.Reset()
 		}
 		if user != nil {

@@ -83,7 +83,7 @@ func newPoolFixture(t testing.TB, cfg Config) *poolFixture {
 	if f.tn.poolDefaults, err = newPoolDefaults(f.tn.cfg.Limits); err != nil {
 		t.Fatal(err)
 	}
-	f.tn.pools = f.tn.newPools()
+	f.tn.pools = f.tn.newPools(newPoolMaker(f.tn))
 	f.db = &TenantAwareDB{tn: f.tn}
 	f.tn.db = f.db
 	t.Cleanup(func() {
@@ -833,7 +833,7 @@ func TestClosingCutsWhatDoesNotEnd(t *testing.T) {
 	cancel()
 	begun := time.Now()
 	pools := f.tn.pools
-	f.tn.pools = f.tn.newPools() // for the fixture to close
+	f.tn.pools = f.tn.newPools(newPoolMaker(f.tn)) // for the fixture to close
 	if cut, err := pools.Close(ctx); len(cut) != 1 || err == nil {
 		t.Errorf("Close cut %v, %v", cut, err)
 	}

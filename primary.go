@@ -263,11 +263,11 @@ func (p *primaryDB) openSource(uid UID, column string, sealed []byte) (DataSourc
 	return DataSource{s.Host, s.Port, s.Database, s.Schema, s.User, Secret(s.Password), s.TLS, s.Pooler, s.PoolerTLS}, nil
 }
 
-const tenantColumns = `t.id, t.uid, t.name, t.display_name, t.state, t.isolation, t.generation`
+const tenantColumns = `t.id, t.uid, t.name, t.display_name, t.state, t.isolation, t.dense, t.generation`
 
 func (p *primaryDB) scanTenant(row pgx.Row, more ...any) (Tenant, error) {
 	t := Tenant{realm: p.realm}
-	err := row.Scan(append([]any{&t.ID, &t.UID, &t.Name, &t.DisplayName, &t.State, &t.Isolation, &t.Generation}, more...)...)
+	err := row.Scan(append([]any{&t.ID, &t.UID, &t.Name, &t.DisplayName, &t.State, &t.Isolation, &t.Dense, &t.Generation}, more...)...)
 	if t.State == StateActive {
 		t.State = StateActive // the constant, which a comparison need not read; what was scanned has memory of its own
 	}
@@ -279,16 +279,24 @@ func (p *primaryDB) scanTenant(row pgx.Row, more ...any) (Tenant, error) {
 func (p *primaryDB) record(ctx context.Context, q querier, id ID) (*record, error) {
 	var r record
 	var seconds int
-	var sealed []byte
-	t, err := p.scanTenant(q.QueryRow(ctx, `SELECT `+tenantColumns+`, t.message, t.retry_after, d.sealed
-		FROM tenancy.tenants t LEFT JOIN tenancy.data_sources d ON d.id = t.data_source WHERE t.id = $1`, id),
-		&r.message, &seconds, &sealed)
+	var sealed, shared []byte
+	var dense denseSource
+	t, err := p.scanTenant(q.QueryRow(ctx, `SELECT `+tenantColumns+`, t.message, t.retry_after, d.sealed,
+		coalesce(d.dense_role, ''), coalesce(d.server, 0), coalesce(l.generation, 0), l.sealed
+		FROM tenancy.tenants t LEFT JOIN tenancy.data_sources d ON d.id = t.data_source
+		LEFT JOIN tenancy.dense_logins l ON t.dense AND l.server = d.server AND l.isolation = d.isolation WHERE t.id = $1`, id),
+		&r.message, &seconds, &sealed, &r.denseRole, &dense.server, &dense.generation, &shared)
 	if err != nil {
 		return nil, err
 	}
 	r.tenant, r.retryAfter = t, time.Duration(seconds)*time.Second
 	if t.State != StatePurged {
 		r.source, r.sourceErr = p.openSource(t.UID, "data_source", sealed)
+	}
+	if t.Dense && shared != nil && r.sourceErr == nil {
+		dense.isolation = t.Isolation
+		dense.source, r.sourceErr = p.openSource(UID(p.realm.Value()), "dense_login", shared)
+		r.dense = &dense
 	}
 	return &r, nil
 }

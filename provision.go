@@ -32,6 +32,10 @@ type place struct {
 	fenced    bool
 	promised  *int64 // the tenant's ID, also where there is none yet; nil: the place was made before there were promises
 
+	dense      bool   // its tenant's calls go through a shared pool
+	denseRole  string // that the pool's sessions take; "": none was made
+	denseLogin string // of the pool; "": the server has none
+
 	nextLogin  string // while a password is rotated; "": none
 	nextSealed []byte
 	next       DataSource // that nextSealed holds; read by intendLogin
@@ -65,10 +69,11 @@ func (c *Catalog) readPlace(ctx context.Context, where string, arg any) (*place,
 	var sealed, provisioner []byte
 	db := c.tn.primary
 	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
-		d.next_login, d.next_sealed, d.old_login, d.promised, t.fenced IS NOT NULL, s.pooler, s.pooler_tls, s.provisioner
+		d.next_login, d.next_sealed, d.old_login, d.promised, d.dense, d.dense_role, coalesce(l.login, ''), t.fenced IS NOT NULL, s.pooler, s.pooler_tls, s.provisioner
 		FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
+		LEFT JOIN tenancy.dense_logins l ON l.server = d.server AND l.isolation = d.isolation
 		WHERE `+where, arg), &p.id, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
-		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner)
+		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.dense, &p.denseRole, &p.denseLogin, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, ErrTenantNotFound
 	}
@@ -573,7 +578,7 @@ func fence(ctx context.Context, conn *pgx.Conn, p *place, wait inUse, drain time
 	if p.isolation == IsolationShared { // who works for the others, too
 		others = nil
 	}
-	return closeLogins(ctx, conn, p.logins(), others, wait, drain)
+	return errors.Join(closeLogins(ctx, conn, p.logins(), others, wait, drain), closeDense(ctx, conn, p, drain))
 }
 
 // closeLogins is fence for some logins of a place. The sessions of others end with theirs.

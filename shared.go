@@ -264,7 +264,7 @@ func (c *Catalog) erase(ctx context.Context, p *place, r *Receipt) error {
 	return c.asOwner(ctx, conn, p, func(ctx context.Context, cc *pgx.ConnConfig) error {
 		return asArea(ctx, cc, func(owner *pgx.Conn) error {
 			wall := p.wall()
-			for _, login := range p.logins() {
+			for _, login := range append(p.logins(), p.denseRoles()...) {
 				if err := wall.Dismiss(ctx, owner, login); err != nil {
 					return err
 				}

@@ -10,6 +10,7 @@ import (
 type TenantStats struct {
 	Name       string // as of when the pool was made
 	Generation int64
+	Dense      bool   // it shares a pool: Conns are those that it uses now, and the counts are of this generation
 	Conns      int    // connections that are open or being opened
 	Busy       int    // of them, in use or being opened
 	Waiting    int    // calls that wait for one
@@ -35,6 +36,9 @@ func (tn *Tenancy) Stats() iter.Seq2[ID, TenantStats] {
 }
 
 func (p *tenantPool) stats() TenantStats {
+	if p.dense != nil {
+		return p.denseStats()
+	}
 	u := p.account.Usage()
 	return TenantStats{
 		Name: p.tenant.Name, Generation: p.tenant.Generation,

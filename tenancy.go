@@ -71,17 +71,19 @@ import (
 // Tenancy is the library at work in one process, for one primary. It is made by [Open], is safe
 // for concurrent use, and is ended by [Tenancy.Close] or [Tenancy.Shutdown].
 type Tenancy struct {
-	cfg        Config
-	realm      realm
-	primary    *primaryDB
-	view       *view
-	resolver   TenantResolver
-	managers   map[UserKey]bool
-	refused    *refusedHints
-	feed       *feed
-	migrations migrations
-	servers    *servers
-	pools      *lease.Table[ID, *tenantPool]
+	cfg          Config
+	realm        realm
+	primary      *primaryDB
+	view         *view
+	resolver     TenantResolver
+	managers     map[UserKey]bool
+	refused      *refusedHints
+	feed         *feed
+	migrations   migrations
+	servers      *servers
+	pools        *lease.Table[ID, *tenantPool]
+	slots        *lease.Table[slotKey, *tenantPool] // connections of the pools that tenants share
+	denseSources sync.Map                           // slotKey with n 0 -> denseSource: how they are reached
 
 	poolDefaults *pgxpool.Config // copied for each pool
 
@@ -171,7 +173,8 @@ func (tn *Tenancy) start(ctx context.Context, host *pgxpool.Config) (err error) 
 	if tn.poolDefaults, err = newPoolDefaults(tn.cfg.Limits); err != nil {
 		return err
 	}
-	tn.pools = tn.newPools()
+	maker := newPoolMaker(tn)
+	tn.pools, tn.slots = tn.newPools(maker), tn.newSlots(maker)
 	tn.followers = append(tn.followers, tableFollower[*tenantPool]{tn.pools})
 	if host != nil {
 		tn.servers.ownPool(host.ConnConfig)
@@ -348,6 +351,8 @@ func (tn *Tenancy) Shutdown(ctx context.Context) error {
 			slices.Sort(cut)
 			err = fmt.Errorf("tenancy: shutdown: the drain time ended with work in flight of tenants %v: it was cut", cut)
 		}
+		errs = append(errs, err)
+		_, err = tn.slots.Close(ctx)
 		errs = append(errs, err)
 	}
 	if tn.hostPool != nil {

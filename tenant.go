@@ -80,6 +80,7 @@ type Tenant struct {
 	DisplayName string // free text
 	State       State
 	Isolation   Isolation // of the place where its data is now
+	Dense       bool      // it shares a pool with others; see Catalog.SetDense
 	Generation  int64     // rises whenever the way to the tenant's data changes
 
 	realm realm

@@ -117,7 +117,7 @@ func (c *Catalog) lockToFinish(ctx context.Context, id ID) (held context.Context
 func (c *Catalog) finishPlaces(ctx context.Context) error {
 	// In no order, as the fences.
 	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT t.id, d.id FROM tenancy.data_sources d JOIN tenancy.tenants t ON t.uid = d.uid JOIN tenancy.servers s ON s.id = d.server
-		WHERE (d.next_login <> '' OR d.old_login <> '' OR d.leaving IS NOT NULL AND d.id <> t.data_source) AND d.state = 'made' AND s.provisioner IS NOT NULL
+		WHERE (d.next_login <> '' OR d.dense_role <> '' AND NOT d.dense OR d.old_login <> '' OR d.leaving IS NOT NULL AND d.id <> t.data_source) AND d.state = 'made' AND s.provisioner IS NOT NULL
 		AND t.state IN ('active', 'suspended', 'maintenance') AND d.updated < now() - interval '30 s' AND `+oursToFinish+` ORDER BY random() LIMIT 100`, c.tn.cfg.serves())
 	type unfinished struct {
 		Tenant ID

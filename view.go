@@ -44,7 +44,9 @@ type record struct {
 	tenant     Tenant
 	message    string
 	retryAfter time.Duration
-	source     DataSource // how to reach its data, with the password
+	source     DataSource   // how to reach its data, with the password
+	dense      *denseSource // the shared pool that its calls go through; nil: one of its own
+	denseRole  string
 }
 
 // Format keeps the login inside from being printed by a stray %+v.
@@ -293,7 +295,8 @@ func (v *view) loadStored(ctx context.Context, id ID) (*record, bool, error) {
 	if err != nil || !found {
 		return nil, false, err
 	}
-	r := &record{tenant: known.tenant, message: known.message, retryAfter: known.retryAfter, source: known.source, sourceErr: known.sourceErr}
+	r := &record{tenant: known.tenant, message: known.message, retryAfter: known.retryAfter, source: known.source, sourceErr: known.sourceErr,
+		dense: known.dense, denseRole: known.denseRole}
 	if err := r.heed(v.store.Tenant(ctx, id)); err != nil {
 		return nil, false, err
 	}

@@ -1,0 +1,366 @@
+package tenancy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/msmt-go/tenancy/internal/ident"
+	"github.com/msmt-go/tenancy/internal/scram"
+)
+
+// SetDense moves the tenant's calls to the pool that tenants of its server and isolation share, or back to a pool of its own. The tenant goes on being
+// served, on every node: calls and transactions in flight end where they began.
+//
+// A shared pool has few connections for very many tenants ([Limits].DenseConns), and one login, which takes a role of the tenant's for each of its
+// calls. That stops mistakes and not injected SQL, which can take another role: see docs/guarantees.md, and docs/models.md for whom it is. In such a pool a statement
+// outside a transaction is in one all the same (no VACUUM, no procedure that commits), there are no temporary tables, and types of the tenant's own schema cannot be registered on a connection.
+//
+// It is the place's: a tenant that moves to a new one has a pool of its own there. The same call again finishes one that died; so does the validity job, which closes the role. With [ErrNotClosed] the tenant has
+// its own pool again, and the role is still to be closed. The other errors are [ErrInvalid] (for [IsolationDatabase], or behind a pooler), [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady],
+// [ErrNoProvisioner], [ErrIdentity] and [ErrSetup] (the role is not what it should be), [ErrInProgress], [ErrPrimaryUnavailable] or that of the server.
+func (c *Catalog) SetDense(ctx context.Context, id ID, dense bool) error {
+	fail := func(err error) error { return &Error{Op: opDense, Tenant: id, Err: err} }
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
+	if err != nil {
+		return fail(err)
+	}
+	defer release()
+	p, err := c.place(ctx, id)
+	if err != nil {
+		return fail(err)
+	}
+	if err := settled(p.tenant.State); err != nil {
+		return fail(err)
+	}
+	if !p.hasProvisioner {
+		return fail(errNoProvisioner)
+	}
+	if dense {
+		err = c.enterDense(ctx, p)
+	} else {
+		err = c.exitDense(ctx, p)
+	}
+	if _, told := err.(*Error); err != nil && !told {
+		err = fail(err)
+	}
+	return err
+}
+
+const opDense = "set dense"
+
+func (c *Catalog) enterDense(ctx context.Context, p *place) error {
+	switch {
+	case p.dense:
+		return nil
+	case p.isolation == IsolationDatabase:
+		return invalid(fmt.Errorf("isolation: a tenant with %q shares no pool: a session cannot change its database", p.isolation))
+	case p.source.Pooler != "":
+		return invalid(errors.New("data source: the tenant's calls go through a pooler, whose sessions cannot take a role and keep it"))
+	case p.tenant.State != StateActive:
+		return invalid(fmt.Errorf("state: the tenant is %s, and its role cannot be proved; see Catalog.Resume", p.tenant.State))
+	}
+	login, err := c.intendDense(ctx, p)
+	if err != nil {
+		return err
+	}
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	if err := c.makeDense(ctx, conn, p, login.source); err != nil {
+		return err
+	}
+	if err := c.proveDense(ctx, p, login); err != nil {
+		return err
+	}
+	return c.writeDense(ctx, p, true)
+}
+
+// exitDense gives the tenant its own pool back first, and closes the role when every node knows.
+func (c *Catalog) exitDense(ctx context.Context, p *place) error {
+	if p.dense {
+		if err := c.writeDense(ctx, p, false); err != nil {
+			return err
+		}
+	}
+	if p.denseRole == "" {
+		return nil
+	}
+	if err := c.leaveDense(ctx, p); err != nil {
+		return fmt.Errorf("%w: the tenant has its own pool, and role %s was not closed: %w", ErrNotClosed, p.denseRole, err)
+	}
+	return nil
+}
+
+// intendDense writes the pool's login, where the server has none, and the place's role, before either is made.
+func (c *Catalog) intendDense(ctx context.Context, p *place) (login denseSource, err error) {
+	db := c.tn.primary
+	password, err := scram.Password()
+	if err != nil {
+		return login, err
+	}
+	d := p.source
+	d.User, d.Password = ident.NewPlace()+"_d", Secret(password)
+	if p.isolation == IsolationSchema {
+		d.Schema = ""
+	}
+	sealed, err := db.sealSource(UID(db.realm.Value()), "dense_login", d)
+	if err != nil {
+		return login, err
+	}
+	role := p.source.Schema // so that "$user" finds it
+	if p.isolation == IsolationShared {
+		role = p.base() + "_d"
+	}
+	login = denseSource{server: p.server, isolation: p.isolation}
+	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `INSERT INTO tenancy.dense_logins (server, isolation, login, sealed) VALUES ($1, $2, $3, $4) ON CONFLICT (server, isolation) DO NOTHING`, p.server, p.isolation, d.User, sealed); err != nil {
+			return err
+		}
+		if err := tx.QueryRow(ctx, `SELECT generation, sealed FROM tenancy.dense_logins WHERE server = $1 AND isolation = $2`, p.server, p.isolation).Scan(&login.generation, &sealed); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET dense_role = $2, updated = now() WHERE id = $1`, p.id, role)
+		return err
+	})
+	if err != nil {
+		return login, unavailable(opDense, err)
+	}
+	if login.source, err = db.openSource(UID(db.realm.Value()), "dense_login", sealed); err != nil {
+		return login, err
+	}
+	p.denseRole, p.denseLogin = role, login.source.User
+	return login, nil
+}
+
+// makeDense makes the pool's login and the place's role, each where it is missing, and asks the server whether they are as they must be. The login has
+// no rights but to connect, and inherits none: what it may is what the role that it takes may.
+func (c *Catalog) makeDense(ctx context.Context, conn *pgx.Conn, p *place, login DataSource) error {
+	verifier, err := scram.RandomVerifier(login.Password.Reveal())
+	if err != nil {
+		return err
+	}
+	if err := makeRole(ctx, conn, login.User, "LOGIN NOINHERIT PASSWORD "+ident.Literal(verifier)); err != nil {
+		return err
+	}
+	steps := []string{"GRANT CONNECT ON DATABASE " + ident.Quote(login.Database) + " TO " + ident.Quote(login.User)}
+	for _, schema := range []string{extSchema, refSchema} { // for types that a pool's hook registers
+		var there bool
+		if err := conn.QueryRow(ctx, `SELECT to_regnamespace($1) IS NOT NULL`, schema).Scan(&there); err != nil {
+			return err
+		}
+		if there {
+			steps = append(steps, "GRANT USAGE ON SCHEMA "+schema+" TO "+ident.Quote(login.User))
+		}
+	}
+	if err := execAll(ctx, conn, opDense, steps); err != nil {
+		return err
+	}
+	if err := makeRole(ctx, conn, p.denseRole, "NOLOGIN"); err != nil {
+		return err
+	}
+	return c.openDense(ctx, conn, p)
+}
+
+// openDense gives the place's role its rights, and the pool's login the role.
+func (c *Catalog) openDense(ctx context.Context, conn *pgx.Conn, p *place) error {
+	take := "GRANT " + ident.Quote(p.denseRole) + " TO " + ident.Quote(p.denseLogin)
+	if serverMajor(conn) >= 16 {
+		take += " WITH INHERIT FALSE, SET TRUE"
+	}
+	if err := execAll(ctx, conn, opDense, []string{"GRANT " + ident.Quote(p.runtime) + " TO " + ident.Quote(p.denseRole), take}); err != nil {
+		return err
+	}
+	if p.isolation == IsolationShared {
+		if err := c.admit(ctx, conn, p, p.denseRole); err != nil {
+			return err
+		}
+	}
+	return ask(ctx, conn, denseChecks(p))
+}
+
+// denseChecks are what has to be true of the place's role and of the login that takes it.
+func denseChecks(p *place) []check {
+	role, login, schema := ident.Literal(p.denseRole), ident.Literal(p.denseLogin), ident.Literal(p.source.Schema)
+	checks := []check{
+		{`has_schema_privilege(` + role + `, ` + schema + `, 'USAGE')`, "the tenant's role may not use its schema", mendPlace},
+		{`NOT has_database_privilege(` + role + `, current_database(), 'TEMPORARY, CREATE')`, "the tenant's role may make temporary objects or schemas", mendPlace},
+		{`SELECT NOT (rolcanlogin OR rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + role, "the tenant's role may log in, or has rights of the server's", mendPlace},
+		{`NOT has_schema_privilege(` + login + `, ` + schema + `, 'USAGE')`, "the shared pool's login may use the schema without the tenant's role", mendPlace},
+		{`pg_has_role(` + login + `, ` + role + `, 'MEMBER')`, "the shared pool's login may not take the tenant's role", mendPlace},
+	}
+	for _, who := range []string{role, login} {
+		checks = append(checks,
+			check{`NOT has_schema_privilege(` + who + `, ` + schema + `, 'CREATE')`, "the shared pool may create in the schema", mendPlace},
+			check{`NOT pg_has_role(` + who + `, ` + ident.Literal(p.owner) + `, 'MEMBER')`, "the shared pool may become the owner", mendPlace},
+			check{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + who, "the shared pool has rights of the server's", mendPlace})
+	}
+	return checks
+}
+
+// proveDense connects once as the pool's login, takes the place's role and asks who that is.
+func (c *Catalog) proveDense(ctx context.Context, p *place, login denseSource) error {
+	r := record{tenant: p.tenant, source: p.source, dense: &login, denseRole: p.denseRole}
+	dense, err := c.tn.newDense(&r)
+	if err != nil {
+		return err
+	}
+	cc, err := login.source.connConfig()
+	if err != nil {
+		return err
+	}
+	cc.ConnectTimeout = c.tn.cfg.Limits.ConnectTimeout
+	pins := c.tn.pins(cc, login.source)
+	pins.searchPath = quotedPath(c.tn.slotSchemas(login))
+	pins.set(cc)
+	c.tn.servers.single(cc)
+	conn, err := pgx.ConnectConfig(ctx, cc)
+	if err != nil {
+		return connectError(err)
+	}
+	defer closeConn(conn)
+	one := tenantPool{tenant: p.tenant, limits: c.tn.cfg.Limits, want: c.tn.slotIdentity(login)}
+	if err := one.proveWithin(ctx, conn); err != nil {
+		return err
+	}
+	s := denseSessionOf(conn)
+	s.to = dense.dense
+	return s.prove(ctx)
+}
+
+// writeDense is the moment from which nodes send the tenant's calls the other way.
+func (c *Catalog) writeDense(ctx context.Context, p *place, dense bool) error {
+	err := c.write(ctx, opDense, p.tenant.ID, func(tx pgx.Tx) error {
+		if state, err := lockRow(ctx, tx, p.tenant.ID); err != nil {
+			return err
+		} else if state != p.tenant.State {
+			return errOvertaken
+		}
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET dense = $2, updated = now() WHERE id = $1 AND state = 'made'`, p.id, dense)
+		if err != nil {
+			return err
+		}
+		if tag.RowsAffected() == 0 {
+			return errOvertaken
+		}
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET dense = $2, generation = generation + 1, updated = now() WHERE id = $1`, p.tenant.ID, dense); err != nil {
+			return err
+		}
+		if err := audit(ctx, tx, opDense, p.tenant.ID, map[string]any{"dense": dense}); err != nil {
+			return err
+		}
+		return changed(ctx, tx, "tenant", p.tenant.ID, "")
+	})
+	if err == nil {
+		p.dense = dense
+	}
+	return err
+}
+
+// leaveDense closes the role that no node uses any more, drops it and writes that it is gone. The tenant's lock is held.
+func (c *Catalog) leaveDense(ctx context.Context, p *place) error {
+	if err := c.tn.feed.awaitNodes(ctx); err != nil {
+		return err
+	}
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	if err := closeDense(ctx, conn, p, c.tn.cfg.DrainTimeout); err != nil {
+		return err
+	}
+	if p.isolation == IsolationShared {
+		if err := p.wall().Dismiss(ctx, conn, p.denseRole); err != nil {
+			return err
+		}
+	}
+	if _, err := dropRoles(ctx, conn, p.denseRole); err != nil {
+		return err
+	}
+	_, err = c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET dense_role = '', updated = now() WHERE id = $1 AND NOT dense`, p.id)
+	return unavailable(opDense, err)
+}
+
+// denseRoles is the place's role in a shared pool, if there is one.
+func (p *place) denseRoles() []string {
+	if p.denseRole == "" {
+		return nil
+	}
+	return []string{p.denseRole}
+}
+
+// closeDense is fence for the place's role in a shared pool. A session that has taken the role keeps it, and whoever has that session: the role loses
+// its rights, for a node that hears nothing too, and what runs or is open under it has the drain's time before its session ends.
+func closeDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Duration) error {
+	if p.denseRole == "" || p.denseLogin == "" {
+		return nil
+	}
+	var there bool
+	if err := conn.QueryRow(ctx, `SELECT count(*) = 2 FROM pg_roles WHERE rolname IN ($1, $2)`, p.denseRole, p.denseLogin).Scan(&there); err != nil || !there {
+		return err
+	}
+	role := ident.Quote(p.denseRole)
+	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + role + " FROM " + ident.Quote(p.denseLogin)}); err != nil {
+		return err
+	}
+	// A transaction that reads on a table that it has read before asks for its rights anew, but may not have heard of the change.
+	if err := drainDense(ctx, conn, p, drain); err != nil {
+		return err
+	}
+	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + ident.Quote(p.runtime) + " FROM " + role}); err != nil {
+		return err
+	}
+	return endDense(ctx, conn, p)
+}
+
+// ofDense are the sessions of the shared pool in a statement or a transaction of the role's, or of nobody's that could be told.
+const ofDense = `FROM pg_stat_activity WHERE usename = $1 AND state <> 'idle' AND (starts_with(query, $2) OR NOT starts_with(query, '/* t_'))`
+
+func (p *place) ofDense() []any { return []any{p.denseLogin, "/* " + p.denseRole + " "} }
+
+func drainDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Duration) error {
+	for end, quiet := time.Now().Add(drain), 0; time.Now().Before(end); {
+		var busy int
+		if err := conn.QueryRow(ctx, `SELECT count(*) `+ofDense, p.ofDense()...).Scan(&busy); err != nil {
+			return fmt.Errorf("drain: %w", err)
+		}
+		if quiet++; busy > 0 {
+			quiet = 0
+		} else if quiet == quietLooks {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("drain: %d sessions are at work: %w", busy, ctx.Err())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	return nil
+}
+
+// endDense ends the sessions that are still at work for the role, and returns when none is left.
+func endDense(ctx context.Context, conn *pgx.Conn, p *place) error {
+	ctx, cancel := context.WithTimeout(ctx, endTimeout)
+	defer cancel()
+	for quiet := 0; ; {
+		var left int
+		if err := conn.QueryRow(ctx, `SELECT count(pg_terminate_backend(pid)) `+ofDense, p.ofDense()...).Scan(&left); err != nil {
+			return fmt.Errorf("end sessions: %w", err)
+		}
+		if quiet++; left > 0 {
+			quiet = 0
+		} else if quiet == quietLooks {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("end sessions: %d of role %s are left: %w", left, p.denseRole, ctx.Err())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
