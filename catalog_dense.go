@@ -62,6 +62,14 @@ func (c *Catalog) enterDense(ctx context.Context, p *place) error {
 	case p.tenant.State != StateActive:
 		return invalid(fmt.Errorf("state: the tenant is %s, and its role cannot be proved; see Catalog.Resume", p.tenant.State))
 	}
+	if err := c.prepareDense(ctx, p); err != nil {
+		return err
+	}
+	return c.writeDense(ctx, p, true)
+}
+
+// prepareDense makes what the tenant needs in the shared pool, and proves it.
+func (c *Catalog) prepareDense(ctx context.Context, p *place) error {
 	login, err := c.intendDense(ctx, p)
 	if err != nil {
 		return err
@@ -74,10 +82,7 @@ func (c *Catalog) enterDense(ctx context.Context, p *place) error {
 	if err := c.makeDense(ctx, conn, p, login.source); err != nil {
 		return err
 	}
-	if err := c.proveDense(ctx, p, login); err != nil {
-		return err
-	}
-	return c.writeDense(ctx, p, true)
+	return c.proveDense(ctx, p, login)
 }
 
 // exitDense gives the tenant its own pool back first, and closes the role when every node knows.
@@ -308,7 +313,6 @@ func closeDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Durati
 	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + role + " FROM " + ident.Quote(p.denseLogin)}); err != nil {
 		return err
 	}
-	// A transaction that reads on a table that it has read before asks for its rights anew, but may not have heard of the change.
 	if err := drainDense(ctx, conn, p, drain); err != nil {
 		return err
 	}
@@ -318,15 +322,15 @@ func closeDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Durati
 	return endDense(ctx, conn, p)
 }
 
-// ofDense are the sessions of the shared pool in a statement or a transaction of the role's, or of nobody's that could be told.
-const ofDense = `FROM pg_stat_activity WHERE usename = $1 AND state <> 'idle' AND (starts_with(query, $2) OR NOT starts_with(query, '/* t_'))`
+// denseMarked tells the role's sessions from those of others that share the pool, by the text of their last statement: see denseMark.
+func (p *place) denseMarked() string { return "/* " + p.denseRole + " " }
 
-func (p *place) ofDense() []any { return []any{p.denseLogin, "/* " + p.denseRole + " "} }
-
+// drainDense waits until nothing is at work for the role.
 func drainDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Duration) error {
 	for end, quiet := time.Now().Add(drain), 0; time.Now().Before(end); {
 		var busy int
-		if err := conn.QueryRow(ctx, `SELECT count(*) `+ofDense, p.ofDense()...).Scan(&busy); err != nil {
+		if err := conn.QueryRow(ctx, `SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND state <> 'idle' AND starts_with(query, $2)`,
+			p.denseLogin, p.denseMarked()).Scan(&busy); err != nil {
 			return fmt.Errorf("drain: %w", err)
 		}
 		if quiet++; busy > 0 {
@@ -343,23 +347,53 @@ func drainDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Durati
 	return nil
 }
 
-// endDense ends the sessions that are still at work for the role, and returns when none is left.
+// untoldPatience is how long a transaction may go on that does not say whose it is, as after ROLLBACK TO SAVEPOINT.
+const untoldPatience = time.Second
+
+// endDense ends the role's transactions, and returns when none is left. One that began after the role had lost its rights has none; one that began before
+// may go on with those that it knew, so each of them ends, or is seen to be another's.
 func endDense(ctx context.Context, conn *pgx.Conn, p *place) error {
 	ctx, cancel := context.WithTimeout(ctx, endTimeout)
 	defer cancel()
-	for quiet := 0; ; {
-		var left int
-		if err := conn.QueryRow(ctx, `SELECT count(pg_terminate_backend(pid)) `+ofDense, p.ofDense()...).Scan(&left); err != nil {
+	var since time.Time
+	if err := conn.QueryRow(ctx, `SELECT clock_timestamp()`).Scan(&since); err != nil {
+		return fmt.Errorf("end sessions: %w", err)
+	}
+	type transaction struct {
+		pid   int32
+		began time.Time
+	}
+	others := map[transaction]bool{}
+	for patience := time.Now().Add(untoldPatience); ; {
+		rows, _ := conn.Query(ctx, `SELECT pid, xact_start, starts_with(query, $3), starts_with(query, '/* t_') FROM pg_stat_activity WHERE usename = $1 AND xact_start <= $2`,
+			p.denseLogin, since, p.denseMarked())
+		var x transaction
+		var own, told bool
+		var end []int32 // processes
+		waits := 0
+		_, err := pgx.ForEachRow(rows, []any{&x.pid, &x.began, &own, &told}, func() error {
+			switch {
+			case own, !told && !others[x] && time.Now().After(patience):
+				end = append(end, x.pid)
+			case told:
+				others[x] = true
+			case !others[x]:
+				waits++
+			}
+			return nil
+		})
+		if err == nil && len(end) > 0 {
+			_, err = conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = ANY($1) AND usename = $2 AND xact_start <= $3`, end, p.denseLogin, since)
+		}
+		if err != nil {
 			return fmt.Errorf("end sessions: %w", err)
 		}
-		if quiet++; left > 0 {
-			quiet = 0
-		} else if quiet == quietLooks {
+		if len(end)+waits == 0 {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("end sessions: %d of role %s are left: %w", left, p.denseRole, ctx.Err())
+			return fmt.Errorf("end sessions: %d of role %s are left: %w", len(end)+waits, p.denseRole, ctx.Err())
 		case <-time.After(10 * time.Millisecond):
 		}
 	}

@@ -150,6 +150,12 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 	} else if err := c.tn.proveLogin(ctx, p); err != nil {
 		return fail(id, err)
 	}
+	if c.tn.cfg.Dense && p.isolation != IsolationDatabase && p.source.Pooler == "" {
+		if err := c.prepareDense(ctx, p); err != nil {
+			return fail(id, err)
+		}
+		p.dense = true
+	}
 	if err := c.activate(ctx, p); err != nil {
 		return fail(id, err)
 	}
@@ -301,10 +307,10 @@ func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, id ID, se
 // activate makes the tenant visible, as the last step.
 func (c *Catalog) activate(ctx context.Context, p *place) error {
 	return c.write(ctx, "activate", p.tenant.ID, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'made', version = $2, updated = now() WHERE id = $1`, p.id, p.version); err != nil {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'made', version = $2, dense = $3, updated = now() WHERE id = $1`, p.id, p.version, p.dense); err != nil {
 			return err
 		}
-		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', updated = now() WHERE id = $1 AND state = 'provisioning'`, p.tenant.ID)
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', dense = $2, updated = now() WHERE id = $1 AND state = 'provisioning'`, p.tenant.ID, p.dense)
 		if err != nil {
 			return err
 		}

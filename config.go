@@ -44,6 +44,9 @@ type Config struct {
 	// Isolation of tenants that Create makes and whose NewTenant.Isolation says nothing. Those that exist keep theirs. With IsolationDatabase, Open
 	// checks that the servers can make databases. Default: IsolationSchema.
 	Isolation Isolation
+	// Dense has Create put new tenants with IsolationSchema and IsolationShared into the pool that such tenants of their server share; see
+	// [Catalog.SetDense]. Those that exist, and those with a server behind a pooler, keep their own. Default: false.
+	Dense bool
 	// HostManagers are users of the host: they may work without a tenant. Default: none.
 	HostManagers []UserKey
 	// SingleTenant is the name of the one tenant that everything is: every user that the service authenticates is in it, with the role of
@@ -172,7 +175,7 @@ type Limits struct {
 }
 
 // FromEnv returns a Config made of TENANCY_PRIMARY_URL, TENANCY_LISTEN_URL, TENANCY_HOST_URL,
-// TENANCY_KEYS, TENANCY_ISOLATION, TENANCY_VALIDITY_CRON, TENANCY_SINGLE_TENANT, TENANCY_NODE_ADDRESS, TENANCY_SERVER_CONNS and TENANCY_NODES (numbers), and of
+// TENANCY_KEYS, TENANCY_ISOLATION, TENANCY_DENSE (true or false), TENANCY_VALIDITY_CRON, TENANCY_SINGLE_TENANT, TENANCY_NODE_ADDRESS, TENANCY_SERVER_CONNS and TENANCY_NODES (numbers), and of
 // TENANCY_HOST_MANAGERS and TENANCY_ONLY_TENANTS (both comma separated). Variables that are not set
 // leave the default. An error names the variable, never its value.
 func FromEnv() (Config, error) {
@@ -197,7 +200,23 @@ func FromEnv() (Config, error) {
 	for _, m := range listOf(os.Getenv("TENANCY_HOST_MANAGERS")) {
 		c.HostManagers = append(c.HostManagers, UserKey(m))
 	}
+	if c.Dense, err = boolFrom("TENANCY_DENSE"); err != nil {
+		return Config{}, err
+	}
 	return c, errors.Join(numberFrom("TENANCY_SERVER_CONNS", &c.Limits.ServerConns), numberFrom("TENANCY_NODES", &c.Limits.Nodes))
+}
+
+// boolFrom reads true or false, as strconv.ParseBool does; a variable that is not set is false.
+func boolFrom(name string) (bool, error) {
+	text := os.Getenv(name)
+	if text == "" {
+		return false, nil
+	}
+	on, err := strconv.ParseBool(text)
+	if err != nil {
+		return false, invalid(errors.New(name + " is neither true nor false"))
+	}
+	return on, nil
 }
 
 // numberFrom reads a number above 0 into field; a variable that is not set leaves it.

@@ -1,6 +1,7 @@
 package tenancy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,7 +28,7 @@ const denseKey = "github.com/msmt-go/tenancy.dense"
 
 // maxStatements is how many statements a session prepares before its connection is replaced. PostgreSQL keeps some 7 KB for a short one and
 // 80 KB for a join of five tables.
-const maxStatements = 1024
+const maxStatements = 2048
 
 // denseSession is a connection of a shared pool, and what is known of its state at the server. It is used by whoever has the connection.
 //
@@ -41,7 +42,7 @@ type denseSession struct {
 	last    *binding // whose the connection was
 	spoiled bool     // last may have left something in the session: a setting, a cursor, a lock
 
-	proved     map[*binding]struct{} // found to be the tenant's
+	proved     map[*binding]bool // it is the tenant's; true: and the statement that binds is prepared
 	statements map[statementKey]*denseStatement
 	prepared   int // statements, those that are forgotten too
 }
@@ -62,7 +63,7 @@ func denseSessionOf(conn *pgx.Conn) *denseSession {
 	if s, ok := data[denseKey].(*denseSession); ok {
 		return s
 	}
-	s := &denseSession{conn: conn, proved: map[*binding]struct{}{}, statements: map[statementKey]*denseStatement{}}
+	s := &denseSession{conn: conn, proved: map[*binding]bool{}, statements: map[statementKey]*denseStatement{}}
 	data[denseKey] = s
 	return s
 }
@@ -100,12 +101,8 @@ func (s *denseSession) prove(ctx context.Context) error {
 	if err := b.want.marker(results[2].Rows); err != nil {
 		return err
 	}
-	if _, err := s.conn.Prepare(ctx, b.bind, b.bind); err != nil {
-		return unanswered(err)
-	}
-	s.prepared++
 	s.bound = b
-	s.proved[b] = struct{}{}
+	s.proved[b] = false
 	return nil
 }
 
@@ -302,6 +299,9 @@ func (s *denseSession) Query(ctx context.Context, sql string, args ...any) (pgx.
 
 // sendBound sends the role and a statement in one round trip. The session is bound when what follows has succeeded: see sent.
 func (s *denseSession) sendBound(ctx context.Context, st *denseStatement, args []any) (pgx.BatchResults, error) {
+	if err := s.prepareBind(ctx); err != nil {
+		return nil, err
+	}
 	var b pgx.Batch
 	b.Queue(s.to.bind)
 	b.Queue(st.text, args...)
@@ -314,6 +314,19 @@ func (s *denseSession) sendBound(ctx context.Context, st *denseStatement, args [
 		return nil, s.to.unboundCall(err)
 	}
 	return br, nil
+}
+
+// prepareBind prepares the statement that binds, at its first use.
+func (s *denseSession) prepareBind(ctx context.Context) error {
+	if s.proved[s.to] {
+		return nil
+	}
+	if _, err := s.conn.Prepare(ctx, s.to.bind, s.to.bind); err != nil {
+		return err
+	}
+	s.prepared++
+	s.proved[s.to] = true
+	return nil
 }
 
 // sent ends what sendBound began, with the errors of the batch's close and of its statement: what failed took the role back with it. It returns
@@ -415,7 +428,9 @@ func (s *denseSession) Begin(ctx context.Context) (pgx.Tx, error) {
 
 // BeginTx sends the role behind the BEGIN, in one round trip.
 func (s *denseSession) BeginTx(ctx context.Context, o pgx.TxOptions) (pgx.Tx, error) {
-	if s.bound == s.to || o.BeginQuery != "" { // which may be several statements
+	custom := o.BeginQuery != "" // which may be several statements
+	o = s.marked(o)
+	if s.bound == s.to || custom {
 		if err := s.use(ctx); err != nil {
 			return nil, err
 		}
@@ -425,10 +440,12 @@ func (s *denseSession) BeginTx(ctx context.Context, o pgx.TxOptions) (pgx.Tx, er
 		}
 		return &denseTx{Tx: tx, s: s}, nil
 	}
+	if _, err := s.conn.Prepare(ctx, o.BeginQuery, o.BeginQuery); err != nil {
+		return nil, err
+	}
 	var b pgx.Batch
 	b.BeginTx(o)
-	begin := b.QueuedQueries[0].SQL
-	if _, err := s.conn.Prepare(ctx, begin, begin); err != nil {
+	if err := s.prepareBind(ctx); err != nil {
 		return nil, err
 	}
 	b.Queue(s.to.bind)
@@ -440,6 +457,15 @@ func (s *denseSession) BeginTx(ctx context.Context, o pgx.TxOptions) (pgx.Tx, er
 	}
 	s.bound = s.to
 	return &denseTx{Tx: br.Tx(), s: s, took: true}, nil
+}
+
+// marked returns o with the tenant's mark on its statements, by which a fence knows whose a transaction is that has done nothing yet.
+func (s *denseSession) marked(o pgx.TxOptions) pgx.TxOptions {
+	var b pgx.Batch
+	b.BeginTx(o)
+	o.BeginQuery = s.to.mark() + b.QueuedQueries[0].SQL
+	o.CommitQuery = s.to.mark() + cmp.Or(o.CommitQuery, "commit")
+	return o
 }
 
 // denseTx is a transaction in a shared session, or a savepoint in one.

@@ -67,12 +67,13 @@ func (f *Fleet) AllowDatabases(tb testing.TB) {
 }
 
 // Open opens a node on the fleet; it is closed when the test ends. Where cfg.Isolation says nothing, the
-// environment's TENANCY_TEST_ISOLATION counts, so that a service's tests can be run once for each.
+// environment's TENANCY_TEST_ISOLATION counts, and TENANCY_TEST_DENSE=true for cfg.Dense, so that a service's tests can be run once for each.
 func (f *Fleet) Open(tb testing.TB, cfg tenancy.Config) *tenancy.Tenancy {
 	tb.Helper()
 	if cfg.Isolation == "" {
 		cfg.Isolation = tenancy.Isolation(os.Getenv("TENANCY_TEST_ISOLATION"))
 	}
+	cfg.Dense = cfg.Dense || os.Getenv("TENANCY_TEST_DENSE") == "true"
 	if cfg.Isolation == tenancy.IsolationDatabase {
 		f.AllowDatabases(tb)
 	}

@@ -15,7 +15,7 @@
 // binaries where there are none. A running server is never used uninvited.
 //
 // TENANCY_TEST_ISOLATION=database runs the tests with a database for each tenant, where their Config.Isolation says nothing, and
-// TENANCY_TEST_ISOLATION=shared with all tenants in one schema.
+// TENANCY_TEST_ISOLATION=shared with all tenants in one schema. TENANCY_TEST_DENSE=true has the tenants share a pool.
 package tenancytest
 
 import (
