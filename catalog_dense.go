@@ -276,7 +276,7 @@ func (c *Catalog) leaveDense(ctx context.Context, p *place) error {
 		return err
 	}
 	defer closeConn(conn)
-	if err := closeDense(ctx, conn, p, c.tn.cfg.DrainTimeout); err != nil {
+	if err := closeDense(ctx, conn, p, anySession, c.tn.cfg.DrainTimeout); err != nil {
 		return err
 	}
 	if p.isolation == IsolationShared {
@@ -299,9 +299,12 @@ func (p *place) denseRoles() []string {
 	return []string{p.denseRole}
 }
 
+// leavingQuiet is how long nothing has to be at work for a role that its tenant leaves, and that a call can have which has sent nothing yet.
+const leavingQuiet = time.Second
+
 // closeDense is fence for the place's role in a shared pool. A session that has taken the role keeps it, and whoever has that session: the role loses
-// its rights, for a node that hears nothing too, and what runs or is open under it has the drain's time before its session ends.
-func closeDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Duration) error {
+// its rights, for a node that hears nothing too, and transactions that are still open under it end with their sessions.
+func closeDense(ctx context.Context, conn *pgx.Conn, p *place, wait inUse, drain time.Duration) error {
 	if p.denseRole == "" || p.denseLogin == "" {
 		return nil
 	}
@@ -309,39 +312,49 @@ func closeDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Durati
 	if err := conn.QueryRow(ctx, `SELECT count(*) = 2 FROM pg_roles WHERE rolname IN ($1, $2)`, p.denseRole, p.denseLogin).Scan(&there); err != nil || !there {
 		return err
 	}
-	role := ident.Quote(p.denseRole)
-	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + role + " FROM " + ident.Quote(p.denseLogin)}); err != nil {
+	steps := []string{
+		"REVOKE " + ident.Quote(p.denseRole) + " FROM " + ident.Quote(p.denseLogin), // no session takes it any more
+		"REVOKE " + ident.Quote(p.runtime) + " FROM " + ident.Quote(p.denseRole),
+	}
+	quiet := leavingQuiet
+	if wait == atWork { // who comes now is to be refused
+		if err := execAll(ctx, conn, "fence", steps[:1]); err != nil {
+			return err
+		}
+		quiet = quietLooks * drainLook
+	}
+	if err := drainDense(ctx, conn, p, quiet, drain); err != nil {
 		return err
 	}
-	if err := drainDense(ctx, conn, p, drain); err != nil {
-		return err
-	}
-	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + ident.Quote(p.runtime) + " FROM " + role}); err != nil {
+	if err := execAll(ctx, conn, "fence", steps); err != nil {
 		return err
 	}
 	return endDense(ctx, conn, p)
 }
 
+const drainLook = 10 * time.Millisecond
+
 // denseMarked tells the role's sessions from those of others that share the pool, by the text of their last statement: see denseMark.
 func (p *place) denseMarked() string { return "/* " + p.denseRole + " " }
 
-// drainDense waits until nothing is at work for the role.
-func drainDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Duration) error {
-	for end, quiet := time.Now().Add(drain), 0; time.Now().Before(end); {
+// drainDense waits until nothing has been at work for the role for some time.
+func drainDense(ctx context.Context, conn *pgx.Conn, p *place, quiet, drain time.Duration) error {
+	now := time.Now()
+	for end, since := now.Add(drain), now; now.Before(end); now = time.Now() {
 		var busy int
-		if err := conn.QueryRow(ctx, `SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND state <> 'idle' AND starts_with(query, $2)`,
-			p.denseLogin, p.denseMarked()).Scan(&busy); err != nil {
+		if err := conn.QueryRow(ctx, `SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND (state <> 'idle' AND starts_with(query, $2) OR application_name = $3)`,
+			p.denseLogin, p.denseMarked(), p.denseRole).Scan(&busy); err != nil {
 			return fmt.Errorf("drain: %w", err)
 		}
-		if quiet++; busy > 0 {
-			quiet = 0
-		} else if quiet == quietLooks {
+		if busy > 0 {
+			since = time.Now()
+		} else if time.Since(since) >= quiet {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("drain: %d sessions are at work: %w", busy, ctx.Err())
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(drainLook):
 		}
 	}
 	return nil
@@ -365,8 +378,8 @@ func endDense(ctx context.Context, conn *pgx.Conn, p *place) error {
 	}
 	others := map[transaction]bool{}
 	for patience := time.Now().Add(untoldPatience); ; {
-		rows, _ := conn.Query(ctx, `SELECT pid, xact_start, starts_with(query, $3), starts_with(query, '/* t_') FROM pg_stat_activity WHERE usename = $1 AND xact_start <= $2`,
-			p.denseLogin, since, p.denseMarked())
+		rows, _ := conn.Query(ctx, `SELECT pid, coalesce(xact_start, backend_start), starts_with(query, $3) OR application_name = $4, starts_with(query, '/* t_') FROM pg_stat_activity WHERE usename = $1 AND (xact_start <= $2 OR application_name = $4)`,
+			p.denseLogin, since, p.denseMarked(), p.denseRole)
 		var x transaction
 		var own, told bool
 		var end []int32 // processes
@@ -383,7 +396,7 @@ func endDense(ctx context.Context, conn *pgx.Conn, p *place) error {
 			return nil
 		})
 		if err == nil && len(end) > 0 {
-			_, err = conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = ANY($1) AND usename = $2 AND xact_start <= $3`, end, p.denseLogin, since)
+			_, err = conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = ANY($1) AND usename = $2 AND (xact_start <= $3 OR application_name = $4)`, end, p.denseLogin, since, p.denseRole)
 		}
 		if err != nil {
 			return fmt.Errorf("end sessions: %w", err)
@@ -394,7 +407,7 @@ func endDense(ctx context.Context, conn *pgx.Conn, p *place) error {
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("end sessions: %d of role %s are left: %w", len(end)+waits, p.denseRole, ctx.Err())
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(drainLook):
 		}
 	}
 }

@@ -78,7 +78,7 @@ func mayRepeat(ctx context.Context, conn *pgx.Conn, err error, one bool) bool {
 	if err == nil || ctx.Err() != nil {
 		return false
 	}
-	if neverSent(err) || unheard(conn, err) {
+	if neverSent(err) || unheard(conn, err) || errors.Is(err, errUnbound) {
 		return true
 	}
 	if !one {
@@ -348,7 +348,7 @@ func (db *TenantAwareDB) WithConn(ctx context.Context, fn func(ctx context.Conte
 	// A call that can afford a session can afford the 3 ms of a new connection.
 	defer c.destroy(ctx)
 	if c.dense != nil {
-		if err := c.dense.use(ctx); err != nil {
+		if err := c.dense.lend(ctx); err != nil {
 			return err
 		}
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/msmt-go/tenancy/internal/ident"
 	"github.com/msmt-go/tenancy/internal/plain"
 )
 
@@ -127,6 +128,14 @@ func (s *denseSession) use(ctx context.Context) error {
 		return s.to.unboundCall(err)
 	}
 	s.bound = s.to
+	return nil
+}
+
+// lend binds a session that is given out as it is. Its name tells a fence whose it is, whatever is run there.
+func (s *denseSession) lend(ctx context.Context) error {
+	if _, err := s.conn.Exec(ctx, s.to.bind+"; SET application_name = "+ident.Literal(s.to.role)); err != nil {
+		return s.to.unboundCall(err)
+	}
 	return nil
 }
 

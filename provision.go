@@ -578,7 +578,7 @@ func fence(ctx context.Context, conn *pgx.Conn, p *place, wait inUse, drain time
 	if p.isolation == IsolationShared { // who works for the others, too
 		others = nil
 	}
-	return errors.Join(closeLogins(ctx, conn, p.logins(), others, wait, drain), closeDense(ctx, conn, p, drain))
+	return errors.Join(closeLogins(ctx, conn, p.logins(), others, wait, drain), closeDense(ctx, conn, p, wait, drain))
 }
 
 // closeLogins is fence for some logins of a place. The sessions of others end with theirs.
