@@ -46,6 +46,7 @@ type denseSession struct {
 	proved     map[*binding]bool // it is the tenant's; true: and the statement that binds is prepared
 	statements map[statementKey]*denseStatement
 	prepared   int // statements, those that are forgotten too
+	savepoints int // of all transactions
 }
 
 type statementKey struct {
@@ -506,12 +507,76 @@ func (t *denseTx) undone() {
 	}
 }
 
+// Begin makes a savepoint, as pgx does it but with the tenant's mark.
 func (t *denseTx) Begin(ctx context.Context) (pgx.Tx, error) {
-	inner, err := t.Tx.Begin(ctx)
-	if err != nil {
+	t.s.savepoints++
+	p := savepoint{Tx: t.Tx, s: t.s, name: "sp_" + strconv.Itoa(t.s.savepoints)}
+	if _, err := t.Tx.Exec(ctx, t.s.to.mark()+"savepoint "+p.name); err != nil {
 		return nil, err
 	}
-	return &denseTx{Tx: inner, s: t.s}, nil
+	return &denseTx{Tx: &p, s: t.s}, nil
+}
+
+// savepoint is a transaction inside another one.
+type savepoint struct {
+	pgx.Tx // the whole transaction
+	s      *denseSession
+	name   string
+	closed bool
+}
+
+func (p *savepoint) end(ctx context.Context, sql string) error {
+	if p.closed {
+		return pgx.ErrTxClosed
+	}
+	_, err := p.Tx.Exec(ctx, p.s.to.mark()+sql+p.name)
+	p.closed = true
+	return err
+}
+
+func (p *savepoint) Commit(ctx context.Context) error   { return p.end(ctx, "release savepoint ") }
+func (p *savepoint) Rollback(ctx context.Context) error { return p.end(ctx, "rollback to savepoint ") }
+
+func (p *savepoint) Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error) {
+	if p.closed {
+		return pgconn.CommandTag{}, pgx.ErrTxClosed
+	}
+	return p.Tx.Exec(ctx, sql, arguments...)
+}
+
+func (p *savepoint) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	if p.closed {
+		return errRows{pgx.ErrTxClosed}, pgx.ErrTxClosed
+	}
+	return p.Tx.Query(ctx, sql, args...)
+}
+
+func (p *savepoint) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	if p.closed {
+		return errRow{pgx.ErrTxClosed}
+	}
+	return p.Tx.QueryRow(ctx, sql, args...)
+}
+
+func (p *savepoint) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
+	if p.closed {
+		return pgx.FailedBatchResults(b, pgx.ErrTxClosed)
+	}
+	return p.Tx.SendBatch(ctx, b)
+}
+
+func (p *savepoint) CopyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, rowSrc pgx.CopyFromSource) (int64, error) {
+	if p.closed {
+		return 0, pgx.ErrTxClosed
+	}
+	return p.Tx.CopyFrom(ctx, tableName, columnNames, rowSrc)
+}
+
+func (p *savepoint) Prepare(ctx context.Context, name, sql string) (*pgconn.StatementDescription, error) {
+	if p.closed {
+		return nil, pgx.ErrTxClosed
+	}
+	return p.Tx.Prepare(ctx, name, sql)
 }
 
 func (t *denseTx) Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error) {
