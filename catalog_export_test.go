@@ -153,9 +153,11 @@ type stopping struct {
 
 func (w *stopping) Write(p []byte) (int, error) {
 	if w.written += len(p); w.written > 4096 && w.stop != nil {
-		err := w.stop()
+		stop := w.stop
 		w.stop = nil
-		return 0, err
+		if err := stop(); err != nil {
+			return 0, err
+		}
 	}
 	return len(p), nil
 }
