@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/fstest"
 
@@ -26,10 +27,10 @@ SELECT tenancy_common('countries');
 CREATE SEQUENCE counter;
 CREATE TABLE host_log (line text);
 -- +goose StatementBegin
-CREATE FUNCTION bump() RETURNS bigint LANGUAGE sql SECURITY DEFINER AS $$ SELECT nextval('counter') $$;
+CREATE FUNCTION bump() RETURNS bigint LANGUAGE sql SECURITY DEFINER SET search_path FROM CURRENT AS $$ SELECT nextval('counter') $$;
 -- +goose StatementEnd
 -- +goose StatementBegin
-CREATE PROCEDURE log_it() LANGUAGE sql SECURITY DEFINER AS $$ INSERT INTO host_log VALUES ('x') $$;
+CREATE PROCEDURE log_it() LANGUAGE sql SECURITY DEFINER SET search_path FROM CURRENT AS $$ INSERT INTO host_log VALUES ('x') $$;
 -- +goose StatementEnd
 `)}
 	return files
@@ -115,6 +116,18 @@ func TestAReaderReadsAllTenantsAndWritesNothing(t *testing.T) {
 			t.Errorf("%s becomes the reader: %v", tenant.Name, err)
 		}
 		_ = own.Close(t.Context())
+	}
+	// A table that its owner makes by hand is read, by default privileges.
+	for _, tenant := range tenants[:1] {
+		place := placeOf(t, f, tenant.ID)
+		must(t, admin, `SET ROLE `+place.Owner)
+		must(t, admin, `CREATE TABLE `+place.table("by_hand")+` AS SELECT 'mine' AS words`)
+		must(t, admin, `RESET ROLE`)
+		conn, schema := asReader(t, next, d, tenant)
+		if got := scan[string](t, conn, `SELECT words FROM `+schema+`by_hand`); got != "mine" {
+			t.Errorf("%s: the reader sees %q in a table made by hand", tenant.Name, got)
+		}
+		_ = conn.Close(t.Context())
 	}
 	// Called again it has another password, and the role stays.
 	again, err := tn.Catalog().AddReader(t.Context(), "main")
@@ -295,6 +308,57 @@ func TestPlacesComeAndGoBesideAReader(t *testing.T) {
 	}
 	if err := c.DropReader(t.Context(), "main"); err != nil {
 		t.Error(err)
+	}
+}
+
+// Whoever comes first, a place that is being made is read in the end, and one that is dropped meanwhile keeps nobody.
+func TestAReaderComesWhileTenantsAreMade(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	f.AllowDatabases(t)
+	nodes := []*tenancy.Tenancy{
+		f.Open(t, tenancy.Config{Migrations: pageMigrations, Isolation: tenancy.IsolationSchema}),
+		f.Open(t, tenancy.Config{Migrations: pageMigrations, Isolation: tenancy.IsolationSchema}),
+	}
+	c := nodes[0].Catalog()
+	var wg sync.WaitGroup
+	for i := range 9 {
+		wg.Go(func() {
+			isolation := []tenancy.Isolation{tenancy.IsolationSchema, tenancy.IsolationDatabase, tenancy.IsolationShared}[i%3]
+			if _, err := nodes[i%2].Catalog().Create(t.Context(), tenancy.NewTenant{Name: fmt.Sprintf("acme-%d", i), Isolation: isolation}); err != nil {
+				t.Errorf("create beside a reader: %v", err)
+			}
+		})
+	}
+	if _, err := c.AddReader(t.Context(), "main"); err != nil {
+		t.Error(err)
+	}
+	for {
+		err := c.DropReader(t.Context(), "main")
+		if err == nil {
+			break
+		}
+		if sqlState(err) != "2BP01" { // a place that was let read a moment before: it is called again
+			t.Fatal(err)
+		}
+	}
+	d, err := c.AddReader(t.Context(), "main")
+	if err != nil {
+		t.Error(err)
+	}
+	wg.Wait()
+	if t.Failed() {
+		return
+	}
+	for tenant, err := range c.Tenants(t.Context(), tenancy.Filter{}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, schema := asReader(t, nodes[0], d, tenant)
+		if n := scan[int](t, conn, `SELECT count(*) FROM `+schema+`pages`); n != 0 {
+			t.Errorf("%s has %d rows", tenant.Name, n)
+		}
+		_ = conn.Close(t.Context())
 	}
 }
 
