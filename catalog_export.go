@@ -168,7 +168,7 @@ func (c *Catalog) exportAsOwner(ctx context.Context, p *place, w io.Writer) (cou
 	}
 	defer closeConn(provisioner)
 	err = c.asOwner(ctx, provisioner, p, func(ctx context.Context, cc *pgx.ConnConfig) error {
-		cc.RuntimeParams["application_name"] = "tenancy export"
+		cc.RuntimeParams["application_name"], cc.RuntimeParams["statement_timeout"] = "tenancy export", "0"
 		return asArea(ctx, cc, func(owner *pgx.Conn) (err error) {
 			if p.isolation == IsolationShared {
 				counts, err = p.wall().Export(ctx, owner, int64(p.tenant.ID), w)
