@@ -60,7 +60,7 @@ func (c *Catalog) AddReader(ctx context.Context, server string) (DataSource, err
 	if _, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.readers SET state = 'made', updated = now() WHERE server = $1`, r.server); err != nil {
 		return fail(unavailable(opAddReader, err))
 	}
-	places, err := c.readable(ctx, r.server)
+	places, err := c.readable(ctx, r)
 	if err != nil {
 		return fail(err)
 	}
@@ -222,9 +222,10 @@ func readerChecks(role string) []check {
 	}
 }
 
-// readable lists the places of a server that are or will be there, and of those in its shared schema one.
-func (c *Catalog) readable(ctx context.Context, server int64) ([]*place, error) {
-	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT min(id) FROM tenancy.data_sources WHERE server = $1 AND state <> 'dropped' GROUP BY schema ORDER BY 1`, server)
+// readable lists what of a server is or will be there to be read: the places with a schema of their own, and the shared schema, also where no tenant is in it.
+func (c *Catalog) readable(ctx context.Context, r reader) ([]*place, error) {
+	db := c.tn.primary.pool
+	rows, _ := db.Query(ctx, `SELECT id FROM tenancy.data_sources WHERE server = $1 AND state <> 'dropped' AND isolation <> 'shared' ORDER BY id`, r.server)
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[int64])
 	if err != nil {
 		return nil, unavailable("read places", err)
@@ -235,7 +236,16 @@ func (c *Catalog) readable(ctx context.Context, server int64) ([]*place, error) 
 			return nil, err
 		}
 	}
-	return places, nil
+	a, err := readArea(ctx, db, r.server)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return places, nil
+	} else if err != nil {
+		return nil, unavailable("read area", err)
+	}
+	at := &place{isolation: IsolationShared, server: r.server, source: r.provisioner, owner: a.owner, runtime: a.runtime,
+		servers: c.tn.servers, provisioner: r.provisioner, hasProvisioner: true}
+	at.source.Schema = a.schema
+	return append(places, at), nil
 }
 
 // openToReader lets the reader read a place that is there. One that is not will be opened by who makes it.
@@ -389,7 +399,7 @@ func (c *Catalog) dropReader(ctx context.Context, r reader) error {
 	if err != nil {
 		return err
 	}
-	places, err := c.readable(ctx, r.server)
+	places, err := c.readable(ctx, r)
 	if err != nil {
 		return err
 	}

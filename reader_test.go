@@ -263,7 +263,7 @@ func wantDropped(t *testing.T, f *tenancytest.Fleet, tn *tenancy.Tenancy, role s
 // A reader stands in nobody's way, and what is dropped and moved is not missed.
 func TestPlacesComeAndGoBesideAReader(t *testing.T) {
 	t.Parallel()
-	_, tn, tenants := pageFleet(t)
+	f, tn, tenants := pageFleet(t)
 	c := tn.Catalog()
 	d, err := c.AddReader(t.Context(), "main")
 	if err != nil {
@@ -323,9 +323,26 @@ func TestPlacesComeAndGoBesideAReader(t *testing.T) {
 	if n, err := c.RotateKeys(t.Context()); err != nil || n != 0 {
 		t.Errorf("sealed again %d, %v", n, err)
 	}
-	if err := c.DropReader(t.Context(), "main"); err != nil {
-		t.Error(err)
+	// A shared schema in which nobody is any more is one all the same.
+	area := placeOf(t, f, tenants[5].ID)
+	if err := c.Delete(t.Context(), tenants[5].ID); err != nil {
+		t.Fatal(err)
 	}
+	if _, err := c.Purge(t.Context(), tenants[5].ID, tenants[5].Name); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.DropReader(t.Context(), "main"); err != nil {
+		t.Fatal(err)
+	}
+	if n := scan[int](t, f.Admin(t, "tenants"), `SELECT count(*) FROM `+area.table("tenancy_readers")); n != 0 {
+		t.Errorf("the shared schema has %d readers", n)
+	}
+	if d, err = c.AddReader(t.Context(), "main"); err != nil {
+		t.Fatal(err)
+	}
+	hooli := withPages(t, tn, "hooli", tenancy.IsolationShared)
+	conn, schema = asReader(t, tn, d, hooli)
+	wantRead(t, conn, schema, hooli)
 }
 
 // Whoever comes first, a place that is being made is read in the end, and one that is dropped meanwhile keeps nobody.
