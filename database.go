@@ -53,8 +53,9 @@ func dropDatabase(ctx context.Context, conn *pgx.Conn, p *place) (dropped bool, 
 			return false, err
 		}
 	}
-	// A node that died can have left a session of the provisioner's.
-	if _, err := conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1 AND usename = current_user`, p.source.Database); err != nil {
+	// A node that died can have left a session of the provisioner's; and a reader can be at work there.
+	if _, err := conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1
+		AND (usename = current_user OR usename ~ ('^t_[0-9a-f]{20}' || $2 || '$') AND pg_has_role(usename, 'MEMBER'))`, p.source.Database, readerSuffix); err != nil {
 		return false, fmt.Errorf("end sessions: %w", err)
 	}
 	err = execUnused(ctx, conn, "DROP DATABASE "+name)

@@ -95,20 +95,35 @@ func (tn *Tenancy) proveLogin(ctx context.Context, p *place) error {
 	if err != nil {
 		return err
 	}
+	conn, err := tn.proved(ctx, p.tenant, source, "")
+	if err == nil {
+		closeConn(conn)
+	}
+	return err
+}
+
+// proved connects as the source's login, on the same terms as a pool, and proves the connection, which is the caller's to close.
+func (tn *Tenancy) proved(ctx context.Context, t Tenant, source DataSource, application string) (*pgx.Conn, error) {
 	cc, err := source.connConfig()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	cc.ConnectTimeout = tn.cfg.Limits.ConnectTimeout
 	tn.pins(cc, source).set(cc)
 	tn.servers.single(cc)
+	if application != "" {
+		cc.RuntimeParams["application_name"] = application
+	}
 	conn, err := pgx.ConnectConfig(ctx, cc)
 	if err != nil {
-		return connectError(err)
+		return nil, connectError(err)
 	}
-	defer closeConn(conn)
-	one := tenantPool{tenant: p.tenant, limits: tn.cfg.Limits, want: tn.identity(p.tenant.UID, source)}
-	return one.proveWithin(ctx, conn)
+	one := tenantPool{tenant: t, limits: tn.cfg.Limits, want: tn.identity(t.UID, source)}
+	if err := one.proveWithin(ctx, conn); err != nil {
+		closeConn(conn)
+		return nil, err
+	}
+	return conn, nil
 }
 
 // prove asks conn who it is and marks it when every answer is the expected one.

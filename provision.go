@@ -169,6 +169,11 @@ func (c *Catalog) make(ctx context.Context, p *place) error {
 	if err != nil {
 		return err
 	}
+	if p.isolation == IsolationDatabase {
+		if err := c.showReader(ctx, p, func(role string) error { _, err := connectToReader(ctx, conn, p, role); return err }); err != nil {
+			return err
+		}
+	}
 	if err := verifyPlace(ctx, conn, p); err != nil {
 		return err
 	}
@@ -481,6 +486,10 @@ func (c *Catalog) migrateAs(ctx context.Context, cc *pgx.ConnConfig, p *place) (
 	applied, err := r.up(ctx)
 	if version, e := r.version(context.WithoutCancel(ctx)); e == nil {
 		p.version = version
+	}
+	_ = db.Close() // before the reader's: a verb has no more connections than without one
+	if e := c.showReader(ctx, p, func(role string) error { return readAsOwner(ctx, cc, p, role) }); err == nil {
+		err = e
 	}
 	return applied, err
 }

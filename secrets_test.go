@@ -157,6 +157,11 @@ func TestNoSecretIsShownAnywhere(t *testing.T) {
 		t.Fatal(err)
 	}
 	secrets["the prepared place's password"] = d.Password.Reveal()
+	reader, err := tn.Catalog().AddReader(ctx, "main")
+	if err != nil {
+		t.Fatal(err)
+	}
+	secrets["the reader's password"] = reader.Password.Reveal()
 	enter, err := tn.Enter(ctx, a.ID)
 	if err != nil {
 		t.Fatal(err)
@@ -164,7 +169,7 @@ func TestNoSecretIsShownAnywhere(t *testing.T) {
 
 	// What a program prints without a thought.
 	session, _ := tenancy.FromContext(enter)
-	for _, v := range []any{cfg, &cfg, admin, &admin, admin.Server, &admin.Server, source, &source, d, keys, &keys, a,
+	for _, v := range []any{cfg, &cfg, admin, &admin, admin.Server, &admin.Server, source, &source, d, reader, keys, &keys, a,
 		tenancy.NewTenant{Name: "acme", DataSource: &source}, []tenancy.DataSource{source}, map[string]any{"source": source, "config": cfg},
 		session, &session, enter, tn, tn.Catalog(), tn.DB(), tn.Migrator(), struct{ DB *tenancy.TenantAwareDB }{tn.DB()},
 		struct{ Config tenancy.Config }{cfg}, &tenancy.SetupError{Missing: []tenancy.Finding{{What: "w", Fix: "f"}}}} {

@@ -147,14 +147,18 @@ func (c *Catalog) readyArea(ctx context.Context, p *place, failed failedAreas) (
 	return applied, err
 }
 
-// install waits for a lock for lockPatience, and lockTimeout at a time: whoever connects to the area waits behind it, and what is in the way can be
-// a tenant's transaction that has read its marker.
+// install is patient: whoever connects to the area waits behind it, and what is in the way can be a tenant's transaction that has read its marker.
 func install(ctx context.Context, owner *pgx.Conn, wall rowsec.Shared) error {
 	if _, err := owner.Exec(ctx, "SET lock_timeout = "+strconv.FormatInt(lockTimeout.Milliseconds(), 10)); err != nil {
 		return err
 	}
+	return patiently(ctx, func() error { return wall.Install(ctx, owner) })
+}
+
+// patiently tries what takes many locks for lockPatience, and each for lockTimeout at a time: who comes behind waits too.
+func patiently(ctx context.Context, try func() error) error {
 	for end := time.Now().Add(lockPatience); ; {
-		err := wall.Install(ctx, owner)
+		err := try()
 		if !isState(err, lockNotAvailable) || ctx.Err() != nil || time.Now().After(end) {
 			return err
 		}

@@ -5,6 +5,7 @@ import (
 	databasesql "database/sql"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"slices"
@@ -590,10 +591,22 @@ func TestASharedSchemaIsMadeOnALeastBudget(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := tn.Catalog().AddReader(ctx, "main"); err != nil {
+		t.Error(err)
+	}
+	if _, err := tn.Catalog().Export(ctx, made.ID, io.Discard); err != nil {
+		t.Error(err)
+	}
 	if err := tn.Catalog().RotatePassword(ctx, made.ID); err != nil {
 		t.Error(err)
 	}
 	if err := tn.Catalog().Delete(ctx, made.ID); err != nil {
+		t.Error(err)
+	}
+	if _, err := tn.Catalog().Export(ctx, made.ID, io.Discard); err != nil {
+		t.Error(err)
+	}
+	if err := tn.Catalog().DropReader(ctx, "main"); err != nil {
 		t.Error(err)
 	}
 	if _, err := tn.Catalog().Purge(ctx, made.ID, "acme"); err != nil {

@@ -74,7 +74,7 @@ func (e *erasure) run(ctx context.Context) error {
 				return err
 			}
 		}
-		refs, err = e.references(ctx, tx)
+		refs, err = references(ctx, tx, protected, e.Schema)
 		return err
 	})
 	if err != nil || erased {

@@ -198,6 +198,32 @@ func TestExportIsOneTenantAsOfOneMoment(t *testing.T) {
 	}
 }
 
+// Through the tenant's own login it is the same, and no other login's.
+func TestATenantExportsItsOwn(t *testing.T) {
+	t.Parallel()
+	h := newService(t)
+	must(t, h.owner, "SELECT tenancy_enter_host(); INSERT INTO plans (name) VALUES ('host-secret')")
+	a := h.as(h.a)
+	var out, own bytes.Buffer
+	counts, err := h.Export(t.Context(), h.prov, idA, &out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mine, err := h.ExportOwn(t.Context(), a, idA, &own)
+	if err != nil || fmt.Sprint(mine) != fmt.Sprint(counts) || own.String() != out.String() {
+		t.Errorf("got %v, %v, want %v:\n%s", mine, err, counts, own.String())
+	}
+	for _, text := range []string{"b-secret", "host-secret"} {
+		if strings.Contains(own.String(), text) {
+			t.Errorf("it holds %q", text)
+		}
+	}
+	out.Reset()
+	if _, err := h.ExportOwn(t.Context(), a, idB, &out); !errors.Is(err, rowsec.ErrUnknown) || out.Len() > 0 {
+		t.Errorf("another's: %v: %s", err, out.String())
+	}
+}
+
 type failing struct{ err error }
 
 func (w failing) Write([]byte) (int, error) { return 0, w.err }

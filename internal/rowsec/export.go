@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/msmt-go/tenancy/internal/ident"
 )
 
 // Export writes the rows of one tenant, all as of one moment, to w: a line of JSON for each, {"table":"notes","row":{...}}, with the tables that are
@@ -21,43 +22,88 @@ import (
 //
 // The error is [ErrUnknown], that of w, or the server's.
 func (s Shared) Export(ctx context.Context, conn *pgx.Conn, id int64, w io.Writer) ([]Count, error) {
-	counts := []Count{}
-	out := bufio.NewWriter(w)
-	options := pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}
-	err := s.asOwner(ctx, conn, options, func(tx pgx.Tx) error {
-		var known bool
-		if err := tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM `+s.table("tenancy_roster")+` WHERE id = $1)`, id).Scan(&known); err != nil {
-			return err
-		}
-		if !known {
-			return ErrUnknown
-		}
-		if err := enter(ctx, tx, id); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `SET LOCAL TimeZone = 'UTC'`); err != nil {
-			return err
-		}
-		tables, err := s.tables(ctx, tx)
-		if err != nil {
-			return err
-		}
-		refs, err := s.references(ctx, tx)
-		if err != nil {
-			return err
-		}
-		groups := order(tables, refs)
-		for _, group := range slices.Backward(groups) {
-			for _, t := range group {
-				n, err := s.exportTable(ctx, tx, id, t, out)
-				if err != nil {
-					return fmt.Errorf("table %s: %w", t, err)
-				}
-				counts = append(counts, Count{t, n})
+	return export(w, id, func(out *bufio.Writer) (counts []Count, err error) {
+		err = s.asOwner(ctx, conn, snapshot, func(tx pgx.Tx) error {
+			var known bool
+			if err := tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM `+s.table("tenancy_roster")+` WHERE id = $1)`, id).Scan(&known); err != nil {
+				return err
 			}
-		}
-		return nil
+			if !known {
+				return ErrUnknown
+			}
+			if err := enter(ctx, tx, id); err != nil {
+				return err
+			}
+			counts, err = s.exportRows(ctx, tx, id, out)
+			return err
+		})
+		return counts, err
 	})
+}
+
+// ExportOwn is [Shared.Export] on a session of the tenant's own login, behind the wall. A login of another's is [ErrUnknown].
+func (s Shared) ExportOwn(ctx context.Context, conn *pgx.Conn, id int64, w io.Writer) ([]Count, error) {
+	return export(w, id, func(out *bufio.Writer) (counts []Count, err error) {
+		err = pgx.BeginTxFunc(ctx, conn, snapshot, func(tx pgx.Tx) error {
+			var mine bool
+			if _, err := tx.Exec(ctx, systemNames); err != nil {
+				return err
+			}
+			if err := tx.QueryRow(ctx, `SELECT coalesce(`+s.table("tenancy_tenant")+`() = $1, false)`, id).Scan(&mine); err != nil {
+				return err
+			}
+			if !mine {
+				return ErrUnknown
+			}
+			counts, err = s.exportRows(ctx, tx, id, out)
+			return err
+		})
+		return counts, err
+	})
+}
+
+// ExportSchemaModel is [Shared.Export] for a schema of tenant id alone: the rows of all its tables but those named in without, on a session that may read them.
+// The error is that of w or the server's: 42501 for a table that the session may not read.
+func ExportSchemaModel(ctx context.Context, conn *pgx.Conn, schema string, id int64, w io.Writer, without ...string) ([]Count, error) {
+	return export(w, id, func(out *bufio.Writer) (counts []Count, err error) {
+		err = pgx.BeginTxFunc(ctx, conn, snapshot, func(tx pgx.Tx) error {
+			if _, err := tx.Exec(ctx, systemNames); err != nil {
+				return err
+			}
+			rows, _ := tx.Query(ctx, `SELECT c.relname::text, c.relkind = 'p' FROM (`+all+`) a JOIN pg_catalog.pg_class c ON c.oid = a.polrelid WHERE c.relname <> ALL ($2) ORDER BY 1`, schema, without)
+			var tables []Table
+			from := map[string]string{}
+			var name string
+			var parts bool
+			_, err := pgx.ForEachRow(rows, []any{&name, &parts}, func() error {
+				tables = append(tables, Table{Name: name})
+				from[name] = "ONLY " + ident.Quote(schema, name) // a table that inherits has its rows to itself
+				if parts {
+					from[name] = ident.Quote(schema, name)
+				}
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+			refs, err := references(ctx, tx, all, schema)
+			if err != nil {
+				return err
+			}
+			counts, err = exportTables(ctx, tx, order(tables, refs), out, func(table string) (string, []any) { return from[table] + " tenancy_row", nil })
+			return err
+		})
+		return counts, err
+	})
+}
+
+// snapshot is a transaction that sees one moment and writes nothing.
+var snapshot = pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}
+
+// export runs fn, and writes the end.
+func export(w io.Writer, id int64, fn func(out *bufio.Writer) ([]Count, error)) ([]Count, error) {
+	out := bufio.NewWriter(w)
+	counts, err := fn(out)
 	if err == nil {
 		err = json.NewEncoder(out).Encode(map[string][]Count{"end": counts})
 	}
@@ -70,13 +116,46 @@ func (s Shared) Export(ctx context.Context, conn *pgx.Conn, id int64, w io.Write
 	return counts, nil
 }
 
-func (s Shared) exportTable(ctx context.Context, tx pgx.Tx, id int64, table string, out *bufio.Writer) (n int64, err error) {
+// exportRows writes the rows of the protected tables, behind the wall.
+func (s Shared) exportRows(ctx context.Context, tx pgx.Tx, id int64, out *bufio.Writer) ([]Count, error) {
+	tables, err := s.tables(ctx, tx)
+	if err != nil {
+		return nil, err
+	}
+	refs, err := references(ctx, tx, protected, s.Schema)
+	if err != nil {
+		return nil, err
+	}
+	// The condition is the wall's; it is said once more for a caller whom no wall would stop.
+	return exportTables(ctx, tx, order(tables, refs), out, func(table string) (string, []any) {
+		return s.table(table) + " tenancy_row WHERE tenant_id = $1", []any{id}
+	})
+}
+
+func exportTables(ctx context.Context, tx pgx.Tx, groups [][]string, out *bufio.Writer, from func(table string) (sql string, args []any)) ([]Count, error) {
+	if _, err := tx.Exec(ctx, `SET LOCAL TimeZone = 'UTC'`); err != nil {
+		return nil, err
+	}
+	counts := []Count{}
+	for _, group := range slices.Backward(groups) {
+		for _, t := range group {
+			sql, args := from(t)
+			n, err := exportTable(ctx, tx, t, sql, args, out)
+			if err != nil {
+				return nil, fmt.Errorf("table %s: %w", t, err)
+			}
+			counts = append(counts, Count{t, n})
+		}
+	}
+	return counts, nil
+}
+
+func exportTable(ctx context.Context, tx pgx.Tx, table, from string, args []any, out *bufio.Writer) (n int64, err error) {
 	name, err := json.Marshal(table)
 	if err != nil {
 		return 0, err
 	}
-	// The condition is the wall's; it is said once more for a caller whom no wall would stop.
-	rows, err := tx.Query(ctx, `SELECT to_json(tenancy_row)::text FROM `+s.table(table)+` tenancy_row WHERE tenant_id = $1`, id)
+	rows, err := tx.Query(ctx, `SELECT to_json(tenancy_row)::text FROM `+from, args...)
 	if err != nil {
 		return 0, err
 	}

@@ -151,10 +151,13 @@ func (s Shared) makeSchema(ctx context.Context, conn *pgx.Conn) error {
 	return err
 }
 
+// systemNames has names mean the system's alone, until the transaction ends.
+const systemNames = "SET LOCAL search_path = pg_catalog, pg_temp"
+
 // asOwner runs fn in a transaction of the owner's, in which names mean the system's alone.
 func (s Shared) asOwner(ctx context.Context, conn *pgx.Conn, options pgx.TxOptions, fn func(tx pgx.Tx) error) error {
 	return pgx.BeginTxFunc(ctx, conn, options, func(tx pgx.Tx) error {
-		_, err := tx.Exec(ctx, "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL ROLE "+ident.Quote(s.Owner))
+		_, err := tx.Exec(ctx, systemNames+"; SET LOCAL ROLE "+ident.Quote(s.Owner))
 		if err != nil {
 			return err
 		}

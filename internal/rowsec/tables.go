@@ -36,6 +36,10 @@ type querier interface {
 const protected = `SELECT p.polrelid FROM pg_catalog.pg_policy p JOIN pg_catalog.pg_class c ON c.oid = p.polrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 	WHERE p.polname = 'tenancy_wall' AND n.nspname = $1`
 
+// all is every table of a schema, as protected is the protected ones.
+const all = `SELECT c.oid AS polrelid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+	WHERE n.nspname = $1 AND c.relkind IN ('r', 'p') AND NOT c.relispartition`
+
 func (s Shared) tables(ctx context.Context, q querier) ([]Table, error) {
 	rows, _ := q.Query(ctx, `WITH protected AS (`+protected+`), own AS (
 			SELECT a.attrelid, a.attnum FROM pg_catalog.pg_attribute a WHERE a.attname = 'tenant_id' AND NOT a.attisdropped)
@@ -49,19 +53,20 @@ func (s Shared) tables(ctx context.Context, q querier) ([]Table, error) {
 	return pgx.CollectRows(rows, pgx.RowToStructByPos[Table])
 }
 
-// reference is a foreign key between protected tables, with the names of its columns in pairs.
+// reference is a foreign key between tables, with the names of its columns in pairs.
 type reference struct {
 	Child, Parent        string
 	ChildCols, ParentCol []string
 }
 
-func (s Shared) references(ctx context.Context, q querier) ([]reference, error) {
-	rows, _ := q.Query(ctx, `WITH protected AS (`+protected+`)
+// references lists those between the tables that the query set chooses of the schema.
+func references(ctx context.Context, q querier, set, schema string) ([]reference, error) {
+	rows, _ := q.Query(ctx, `WITH chosen AS (`+set+`)
 		SELECT c.relname::text, p.relname::text,
 			ARRAY(SELECT a.attname::text FROM unnest(k.conkey) WITH ORDINALITY x (num, at) JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum = num ORDER BY at),
 			ARRAY(SELECT a.attname::text FROM unnest(k.confkey) WITH ORDINALITY x (num, at) JOIN pg_catalog.pg_attribute a ON a.attrelid = p.oid AND a.attnum = num ORDER BY at)
 		FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_class c ON c.oid = k.conrelid JOIN pg_catalog.pg_class p ON p.oid = k.confrelid
-		WHERE k.contype = 'f' AND k.conrelid IN (SELECT polrelid FROM protected) AND k.confrelid IN (SELECT polrelid FROM protected) ORDER BY 1, 2, k.conname`, s.Schema)
+		WHERE k.contype = 'f' AND k.conrelid IN (SELECT polrelid FROM chosen) AND k.confrelid IN (SELECT polrelid FROM chosen) ORDER BY 1, 2, k.conname`, schema)
 	return pgx.CollectRows(rows, pgx.RowToStructByPos[reference])
 }
 
