@@ -17,7 +17,8 @@ import (
 //
 // An active tenant's tables need a primary key or a replica identity, and the worker that it leaves wal_level = logical; those of one that is
 // suspended or under maintenance need neither. A transaction that has written keeps the end of the move waiting, and the tenant's other writes
-// behind it: for Config.DrainTimeout, after which the move fails and the tenant stays where it was. So does cancelling ctx, unless the move was made at that moment.
+// behind it: for Config.DrainTimeout, after which the move fails and the tenant stays where it was. Cancelling ctx ends the move in the same way, unless it was
+// made at that moment. Another verb of the tenant, Suspend too, waits until the move has ended.
 //
 // The error is [ErrInvalid] (the server is not such a coordinator or has no such worker, a table cannot be moved in service, or the tenant has another isolation than
 // [IsolationSchema]), [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady], [ErrNoProvisioner], [ErrInProgress], [ErrPrimaryUnavailable] or that of the server.

@@ -36,8 +36,9 @@ func newCitus(t *testing.T) *battle {
 	t.Cleanup(func() { clearCitus(t, adminURL, provisioner) })
 	u.User = url.UserPassword(provisioner, rand.Text())
 	admin := w.f.AdminConfig()
+	w.f.ServerURL = u.String()
 	admin.ServerAdminURL = adminURL
-	admin.Server = tenancy.ServerConfig{Name: "citus", URL: u.String(), Weight: -1}
+	admin.Server = tenancy.ServerConfig{Name: "citus", URL: w.f.ServerURL, Weight: -1}
 	if err := tenancy.Init(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}
@@ -142,14 +143,15 @@ func TestCitusStopsTheAttacks(t *testing.T) {
 	must(t, victim, `INSERT INTO notes (tenant, title) SELECT 'globex', '`+treasure+`' FROM generate_series(1, 50)`)
 	lo := scan[uint32](t, victim, `SELECT lo_from_bytea(0, convert_to('`+treasure+`', 'UTF8'))`)
 	gpid := scan[int64](t, victim, `SELECT citus_backend_gpid()`)
-	must(t, connectURL(t, w.provisionerURL(t)), `CREATE TABLE tenancy_ref.countries (code text)`)
+	must(t, connectURL(t, w.f.ServerURL), `CREATE TABLE tenancy_ref.countries (code text)`)
 	shard := scan[string](t, w.admin, `SELECT 'notes_' || shardid FROM pg_catalog.citus_shards WHERE table_name = $1::text::regclass`, w.B.table("notes"))
 	names, late := w.names, strings.NewReplacer("{Blo}", fmt.Sprint(lo), "{Bpid}", fmt.Sprint(victim.PgConn().PID()), "{Bgpid}", fmt.Sprint(gpid), "{shard}", shard)
 	d, err := w.tn.Catalog().SourceForTest(t.Context(), w.a.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	rolesBefore := w.onAll(t, `SELECT md5(string_agg(r::text, ',' ORDER BY rolname)) FROM pg_authid r`)
+	const everyRole = `SELECT md5(string_agg(r::text, ',' ORDER BY rolname)) FROM pg_authid r`
+	rolesBefore := w.onAll(t, everyRole)
 	elsewhere := map[string]string{"update_marker": "0A000"} // refused before the right is looked at: the function is volatile
 	for _, a := range append(attacks(), citusAttacks()...) {
 		t.Run(a.name, func(t *testing.T) {
@@ -192,7 +194,7 @@ func TestCitusStopsTheAttacks(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if roles := w.onAll(t, `SELECT md5(string_agg(r::text, ',' ORDER BY rolname)) FROM pg_authid r`); roles != rolesBefore {
+	if roles := w.onAll(t, everyRole); roles != rolesBefore {
 		t.Errorf("roles have changed: %s, were %s", roles, rolesBefore)
 	}
 	if got := scan[string](t, victim, `SELECT count(*) || ' ' || min(title) || ' ' || max(title) FROM notes`); got != "51 globex "+treasure {
@@ -202,25 +204,13 @@ func TestCitusStopsTheAttacks(t *testing.T) {
 		t.Errorf("the marker of B is %q", got)
 	}
 	// The attacks have teeth: a superuser reads by them.
-	for _, a := range append(attacks(), citusAttacks()...) {
-		if a.name == "qualified_name" || a.name == "copy_out" {
+	for _, a := range append(attacks(), attack{name: "on_a_worker", sql: sql(`SELECT result FROM run_command_on_workers('SELECT max(title) FROM {B}.` + shard + `')`)}) {
+		if a.name == "qualified_name" || a.name == "copy_out" || a.name == "on_a_worker" {
 			if state, leaked, err := w.run(t.Context(), w.admin, a); !leaked {
 				t.Errorf("%s as a superuser: the row was not found: %s %v", a.name, state, err)
 			}
 		}
 	}
-}
-
-func (w *battle) provisionerURL(t *testing.T) string {
-	t.Helper()
-	u, err := url.Parse(os.Getenv("TENANCY_TEST_CITUS_URL"))
-	if err != nil {
-		t.Fatal("TENANCY_TEST_CITUS_URL cannot be parsed")
-	}
-	password := rand.Text()
-	must(t, w.admin, w.names.Replace(`ALTER ROLE {P} PASSWORD '`+password+`'`))
-	u.User = url.UserPassword(w.names.Replace("{P}"), password)
-	return u.String()
 }
 
 // TestCitusTenantsLive takes a tenant through its life; another one is beside it.
@@ -394,6 +384,15 @@ func TestMoveToWorkerServesTheTenantMeanwhile(t *testing.T) {
 	if got := w.onAll(t, `SELECT rolcanlogin FROM pg_roles WHERE rolname = '`+w.A.Owner+`'`); got != "f" {
 		t.Errorf("the owner may log in after the move: %s", got)
 	}
+	// The walls have moved along.
+	attacker := login(t, w.tn, w.b.ID)
+	if _, err := attacker.Exec(t.Context(), `SELECT FROM `+w.A.table("notes")); sqlState(err) != "42501" {
+		t.Errorf("the other tenant reads the rows that have moved: %v", err)
+	}
+	shard := scan[string](t, w.admin, `SELECT 'notes_' || shardid FROM pg_catalog.citus_shards WHERE table_name = $1::text::regclass`, w.A.table("notes"))
+	if n := scan[int](t, attacker, `SELECT count(*) FROM run_command_on_workers($1) WHERE success`, `SELECT FROM `+w.A.table(shard)); n != 0 {
+		t.Error("the other tenant reads them at a worker")
+	}
 	if n := scan[int](t, w.f.Admin(t, "primary"), `SELECT count(*) FROM tenancy.audit WHERE action = 'move to worker' AND tenant = $1 AND detail ->> 'worker' = $2`, w.a.ID, fmt.Sprintf("127.0.0.1:%d", to)); n != 1 {
 		t.Errorf("%d audit records", n)
 	}
@@ -447,8 +446,8 @@ func TestMoveToWorkerOfTablesWithoutAKey(t *testing.T) {
 	}
 }
 
-// TestMoveToWorkerGivesUpOnALongTransaction keeps a transaction open that began while the rows were copied.
-func TestMoveToWorkerGivesUpOnALongTransaction(t *testing.T) {
+// TestMoveToWorkerGivesUp cancels a move, and then keeps a transaction open that began while the rows were copied.
+func TestMoveToWorkerGivesUp(t *testing.T) {
 	w := newCitus(t)
 	acme := tenancytest.Context(t, w.tn, "acme")
 	if _, err := w.tn.DB().Exec(acme, `INSERT INTO notes (tenant, title) SELECT 'acme', repeat('x', 100) FROM generate_series(1, 400000)`); err != nil {
@@ -456,16 +455,57 @@ func TestMoveToWorkerGivesUpOnALongTransaction(t *testing.T) {
 	}
 	node := w.f.Open(t, tenancy.Config{Migrations: noteMigrations, DrainTimeout: time.Second})
 	from, to := w.workerOf(t, w.A)
-	moved := make(chan error, 1)
-	go func() { moved <- node.Catalog().MoveToWorker(t.Context(), w.a.ID, "127.0.0.1", to) }()
-	watch := connectURL(t, os.Getenv("TENANCY_TEST_CITUS_URL"))
-	for scan[int](t, watch, `SELECT count(*) FROM run_command_on_workers('SELECT count(*) FROM pg_replication_slots WHERE slot_name LIKE ''citus_shard_move%''') WHERE result <> '0'`) == 0 {
-		select {
-		case err := <-moved:
-			t.Fatalf("the move ended before it copied: %v", err)
-		case <-time.After(5 * time.Millisecond):
+	stays := func(rows int) {
+		t.Helper()
+		if port, _ := w.workerOf(t, w.A); port != from {
+			t.Errorf("the tenant is at %d, not %d", port, from)
+		}
+		if n := scanDB[int](t, w.tn, acme, `SELECT count(*) FROM notes`); n != rows {
+			t.Errorf("%d rows, want %d", n, rows)
+		}
+		if got := w.onAll(t, `SELECT rolcanlogin FROM pg_roles WHERE rolname = '`+w.A.Owner+`'`); got != "f" {
+			t.Errorf("the owner may log in after a move that failed: %s", got)
 		}
 	}
+	const slots = `SELECT count(*) FROM pg_replication_slots WHERE slot_name LIKE 'citus_shard_move%'`
+	copying := func(ctx context.Context) <-chan error {
+		t.Helper()
+		moved := make(chan error, 1)
+		go func() { moved <- node.Catalog().MoveToWorker(ctx, w.a.ID, "127.0.0.1", to) }()
+		for scan[int](t, w.admin, `SELECT count(*) FROM run_command_on_workers($1) WHERE result <> '0'`, slots) == 0 {
+			select {
+			case err := <-moved:
+				t.Fatalf("the move ended before it copied: %v", err)
+			case <-time.After(5 * time.Millisecond):
+			}
+		}
+		return moved
+	}
+	ends := func(moved <-chan error) error {
+		t.Helper()
+		select {
+		case err := <-moved:
+			return err
+		case <-time.After(30 * time.Second):
+			t.Fatal("the move does not end")
+			return nil
+		}
+	}
+
+	ctx, cancel := context.WithCancel(t.Context())
+	moved := copying(ctx)
+	cancel()
+	if err := ends(moved); !errors.Is(err, context.Canceled) {
+		t.Errorf("a cancelled move ended with %v", err)
+	}
+	stays(400001)
+	for end := time.Now().Add(30 * time.Second); w.onAll(t, slots) != "0"; time.Sleep(50 * time.Millisecond) { // which Citus drops by itself
+		if time.Now().After(end) {
+			t.Fatal("a replication slot is left")
+		}
+	}
+
+	moved = copying(t.Context())
 	tx, err := w.tn.DB().Begin(acme)
 	if err != nil {
 		t.Fatal(err)
@@ -473,23 +513,13 @@ func TestMoveToWorkerGivesUpOnALongTransaction(t *testing.T) {
 	if _, err := tx.Exec(acme, `INSERT INTO notes (tenant, title) VALUES ('acme', 'open')`); err != nil {
 		t.Fatal(err)
 	}
-	select {
-	case err := <-moved:
-		if sqlState(err) != "55P03" {
-			t.Errorf("the move ended with %v, want 55P03", err)
-		}
-	case <-time.After(30 * time.Second):
-		t.Error("the move waits for longer than DrainTimeout")
+	if err := ends(moved); sqlState(err) != "55P03" {
+		t.Errorf("a move that met an open transaction ended with %v, want 55P03", err)
 	}
 	if err := tx.Commit(acme); err != nil {
 		t.Error(err)
 	}
-	if port, _ := w.workerOf(t, w.A); port != from {
-		t.Errorf("the tenant is at %d, not %d", port, from)
-	}
-	if n := scanDB[int](t, w.tn, acme, `SELECT count(*) FROM notes`); n != 400002 {
-		t.Errorf("%d rows", n)
-	}
+	stays(400002)
 	if err := w.tn.Catalog().MoveToWorker(t.Context(), w.a.ID, "127.0.0.1", to); err != nil {
 		t.Errorf("the next move: %v", err)
 	}
