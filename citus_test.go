@@ -132,6 +132,9 @@ func citusAttacks() []attack {
 		{"nodes_metadata", "42501", sql(`DELETE FROM pg_dist_node`), false},
 		{"shards_metadata", "42501", sql(`UPDATE pg_dist_placement SET groupid = 0`), false},
 		{"end_its_session_by_global_pid", "", sql(`SELECT pg_terminate_backend({Bgpid})`), false}, // answered with false; the session is looked at in the end
+		{"its_running_query_on_any_node", "", sql(`SELECT query FROM citus_stat_activity WHERE usename = '{Bl}'`), true},
+		{"its_locks", "", sql(`SELECT blocked_statement FROM citus_lock_waits`), true},
+		{"tenants_statistics", "42501", sql(`SELECT * FROM citus_stat_tenants`), false},
 		{"shard_here", "42501", sql(`SET citus.override_table_visibility = off`, `SELECT title FROM {B}.{shard}`), false},
 	}
 }
@@ -141,8 +144,8 @@ func TestCitusStopsTheAttacks(t *testing.T) {
 	w := newCitus(t)
 	victim := login(t, w.tn, w.b.ID)
 	must(t, victim, `INSERT INTO notes (tenant, title) SELECT 'globex', '`+treasure+`' FROM generate_series(1, 50)`)
-	lo := scan[uint32](t, victim, `SELECT lo_from_bytea(0, convert_to('`+treasure+`', 'UTF8'))`)
 	gpid := scan[int64](t, victim, `SELECT citus_backend_gpid()`)
+	lo := scan[uint32](t, victim, `SELECT lo_from_bytea(0, convert_to('`+treasure+`', 'UTF8'))`)
 	must(t, connectURL(t, w.f.ServerURL), `CREATE TABLE tenancy_ref.countries (code text)`)
 	shard := scan[string](t, w.admin, `SELECT 'notes_' || shardid FROM pg_catalog.citus_shards WHERE table_name = $1::text::regclass`, w.B.table("notes"))
 	names, late := w.names, strings.NewReplacer("{Blo}", fmt.Sprint(lo), "{Bpid}", fmt.Sprint(victim.PgConn().PID()), "{Bgpid}", fmt.Sprint(gpid), "{shard}", shard)
