@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"strings"
@@ -103,15 +104,22 @@ func clearCitus(t *testing.T, adminURL, provisioner string) {
 	}
 }
 
+// citusNode is a node of the cluster that takes tenants, as pg_dist_node names it.
+type citusNode struct {
+	host string
+	port uint16
+}
+
 // workerOf is where the tenant's rows are, and another worker.
-func (w *battle) workerOf(t *testing.T, p placeRow) (port, other uint16) {
+func (w *battle) workerOf(t *testing.T, p placeRow) (at, other citusNode) {
 	t.Helper()
-	err := w.admin.QueryRow(t.Context(), `SELECT s.nodeport, (SELECT min(n.nodeport) FROM pg_catalog.pg_dist_node n WHERE n.shouldhaveshards AND n.nodeport <> s.nodeport)
-		FROM pg_catalog.citus_shards s WHERE s.table_name = $1::text::regclass`, p.table("notes")).Scan(&port, &other)
+	err := w.admin.QueryRow(t.Context(), `SELECT s.nodename, s.nodeport, n.nodename, n.nodeport FROM pg_catalog.citus_shards s
+		JOIN pg_catalog.pg_dist_node n ON n.shouldhaveshards AND (n.nodename, n.nodeport) <> (s.nodename, s.nodeport) WHERE s.table_name = $1::text::regclass ORDER BY n.nodeid LIMIT 1`,
+		p.table("notes")).Scan(&at.host, &at.port, &other.host, &other.port)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return port, other
+	return at, other
 }
 
 // onAll asks each node of the cluster one question, and returns the different answers.
@@ -362,7 +370,7 @@ func TestMoveToWorkerServesTheTenantMeanwhile(t *testing.T) {
 		}
 	}()
 	before := written.Load()
-	err := c.MoveToWorker(t.Context(), w.a.ID, "127.0.0.1", to)
+	err := c.MoveToWorker(t.Context(), w.a.ID, to.host, to.port)
 	during := written.Load() - before
 	close(stop)
 	<-stopped
@@ -372,16 +380,16 @@ func TestMoveToWorkerServesTheTenantMeanwhile(t *testing.T) {
 	if during < 5 {
 		t.Errorf("only %d writes during the move", during)
 	}
-	if port, _ := w.workerOf(t, w.A); port != to {
-		t.Errorf("the tenant is at %d, not %d", port, to)
+	if at, _ := w.workerOf(t, w.A); at != to {
+		t.Errorf("the tenant is at %v, not %v", at, to)
 	}
-	if port, _ := w.workerOf(t, w.B); port != beside {
-		t.Errorf("the other tenant has moved to %d", port)
+	if at, _ := w.workerOf(t, w.B); at != beside {
+		t.Errorf("the other tenant has moved to %v", at)
 	}
 	if n := scanDB[int64](t, w.tn, acme, `SELECT count(*) FROM notes`); n != 100001+written.Load() {
 		t.Errorf("%d rows after the move, want %d", n, 100001+written.Load())
 	}
-	if err := c.MoveToWorker(t.Context(), w.a.ID, "127.0.0.1", to); err != nil {
+	if err := c.MoveToWorker(t.Context(), w.a.ID, to.host, to.port); err != nil {
 		t.Errorf("to where it is: %v", err)
 	}
 	if got := w.onAll(t, `SELECT rolcanlogin FROM pg_roles WHERE rolname = '`+w.A.Owner+`'`); got != "f" {
@@ -396,10 +404,10 @@ func TestMoveToWorkerServesTheTenantMeanwhile(t *testing.T) {
 	if n := scan[int](t, attacker, `SELECT count(*) FROM run_command_on_workers($1) WHERE success`, `SELECT FROM `+w.A.table(shard)); n != 0 {
 		t.Error("the other tenant reads them at a worker")
 	}
-	if n := scan[int](t, w.f.Admin(t, "primary"), `SELECT count(*) FROM tenancy.audit WHERE action = 'move to worker' AND tenant = $1 AND detail ->> 'worker' = $2`, w.a.ID, fmt.Sprintf("127.0.0.1:%d", to)); n != 1 {
+	if n := scan[int](t, w.f.Admin(t, "primary"), `SELECT count(*) FROM tenancy.audit WHERE action = 'move to worker' AND tenant = $1 AND detail ->> 'worker' = $2`, w.a.ID, net.JoinHostPort(to.host, fmt.Sprint(to.port))); n != 1 {
 		t.Errorf("%d audit records", n)
 	}
-	if err := c.MoveToWorker(t.Context(), w.a.ID, "127.0.0.1", 1); !errors.Is(err, tenancy.ErrInvalid) {
+	if err := c.MoveToWorker(t.Context(), w.a.ID, to.host, 1); !errors.Is(err, tenancy.ErrInvalid) {
 		t.Errorf("to a worker that is not there: %v", err)
 	}
 }
@@ -412,13 +420,13 @@ func TestMoveToWorkerGivesTheTenantsCodeNoOthersRights(t *testing.T) {
 		IF session_user NOT IN ('`+w.A.Owner+`', '`+w.A.Login+`') THEN RAISE EXCEPTION 'the tenant has the rights of %', session_user; END IF; RETURN true; END $$`)
 	must(t, owner, w.names.Replace(`ALTER TABLE notes ADD CHECK ({A}.whose(title))`))
 	_, to := w.workerOf(t, w.A)
-	if err := w.tn.Catalog().MoveToWorker(t.Context(), w.a.ID, "127.0.0.1", to); err != nil {
+	if err := w.tn.Catalog().MoveToWorker(t.Context(), w.a.ID, to.host, to.port); err != nil {
 		t.Error(err)
 	}
 	// The trap is one: what a superuser calls by hand runs into it.
 	_, back := w.workerOf(t, w.A)
 	must(t, w.admin, `ALTER ROLE `+w.A.Owner+` LOGIN`)
-	if _, err := w.admin.Exec(t.Context(), `SELECT citus_schema_move($1::text::regnamespace, '127.0.0.1', $2, 'block_writes')`, w.A.Schema, int32(back)); err == nil || !strings.Contains(err.Error(), "has the rights of") {
+	if _, err := w.admin.Exec(t.Context(), `SELECT citus_schema_move($1::text::regnamespace, $2, $3, 'block_writes')`, w.A.Schema, back.host, int32(back.port)); err == nil || !strings.Contains(err.Error(), "has the rights of") {
 		t.Errorf("a superuser's move did not run the tenant's code: %v", err)
 	}
 }
@@ -428,15 +436,15 @@ func TestMoveToWorkerOfTablesWithoutAKey(t *testing.T) {
 	c := w.tn.Catalog()
 	must(t, w.owner(t, w.a.ID, w.A), `CREATE TABLE bare (note text)`)
 	from, to := w.workerOf(t, w.A)
-	wantError(t, c.MoveToWorker(t.Context(), w.a.ID, "127.0.0.1", to), tenancy.ErrInvalid, "rows of bare cannot change")
+	wantError(t, c.MoveToWorker(t.Context(), w.a.ID, to.host, to.port), tenancy.ErrInvalid, "rows of bare cannot change")
 	if err := c.Suspend(t.Context(), w.a.ID, tenancy.Suspension{Maintenance: true, Drain: 1}); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.MoveToWorker(t.Context(), w.a.ID, "127.0.0.1", to); err != nil {
+	if err := c.MoveToWorker(t.Context(), w.a.ID, to.host, to.port); err != nil {
 		t.Fatal(err)
 	}
-	if port, _ := w.workerOf(t, w.A); port != to || port == from {
-		t.Errorf("the tenant is at %d, not %d", port, to)
+	if at, _ := w.workerOf(t, w.A); at != to || at == from {
+		t.Errorf("the tenant is at %v, not %v", at, to)
 	}
 	if _, err := tryLogin(t, w.tn, w.a.ID); sqlState(err) != "28000" {
 		t.Errorf("the login of a tenant under maintenance: %v, want 28000", err)
@@ -460,8 +468,8 @@ func TestMoveToWorkerGivesUp(t *testing.T) {
 	from, to := w.workerOf(t, w.A)
 	stays := func(rows int) {
 		t.Helper()
-		if port, _ := w.workerOf(t, w.A); port != from {
-			t.Errorf("the tenant is at %d, not %d", port, from)
+		if at, _ := w.workerOf(t, w.A); at != from {
+			t.Errorf("the tenant is at %v, not %v", at, from)
 		}
 		if n := scanDB[int](t, w.tn, acme, `SELECT count(*) FROM notes`); n != rows {
 			t.Errorf("%d rows, want %d", n, rows)
@@ -474,7 +482,7 @@ func TestMoveToWorkerGivesUp(t *testing.T) {
 	copying := func(ctx context.Context) <-chan error {
 		t.Helper()
 		moved := make(chan error, 1)
-		go func() { moved <- node.Catalog().MoveToWorker(ctx, w.a.ID, "127.0.0.1", to) }()
+		go func() { moved <- node.Catalog().MoveToWorker(ctx, w.a.ID, to.host, to.port) }()
 		for scan[int](t, w.admin, `SELECT count(*) FROM run_command_on_workers($1) WHERE result <> '0'`, slots) == 0 {
 			select {
 			case err := <-moved:
@@ -523,7 +531,7 @@ func TestMoveToWorkerGivesUp(t *testing.T) {
 		t.Error(err)
 	}
 	stays(400002)
-	if err := w.tn.Catalog().MoveToWorker(t.Context(), w.a.ID, "127.0.0.1", to); err != nil {
+	if err := w.tn.Catalog().MoveToWorker(t.Context(), w.a.ID, to.host, to.port); err != nil {
 		t.Errorf("the next move: %v", err)
 	}
 }
