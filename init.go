@@ -232,6 +232,10 @@ func initTenants(ctx context.Context, adminURL string, d DataSource, tenants str
 	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock(hashtextextended('tenancy init', 0))`); err != nil {
 		return fmt.Errorf("tenancy: init: %w", err)
 	}
+	// On Citus each schema that is made becomes a tenant's, on one worker. Those that all share do not.
+	if _, err := conn.Exec(ctx, `SELECT set_config(name, 'off', false) FROM pg_settings WHERE name = 'citus.enable_schema_based_sharding'`); err != nil {
+		return fmt.Errorf("tenancy: init: %w", err)
+	}
 	provisioner := ident.Quote(d.User)
 	steps := []string{"REVOKE ALL ON SCHEMA public FROM PUBLIC"}
 	for _, schema := range []string{extSchema, refSchema} {
