@@ -86,7 +86,7 @@ type Config struct {
 	// PoolBuilder makes a tenant's pool from a finished configuration. Default: pgxpool.NewWithConfig.
 	PoolBuilder PoolBuilder
 	// PoolConfig may change a tenant's pool settings (tracers, limits, types). What pins the pool
-	// to its tenant is set again afterwards and cannot be changed here. Default: none.
+	// to its tenant is set again afterwards and cannot be changed here. Of a pool that tenants share it is called for each connection, with a Tenant whose ID is 0. Default: none.
 	PoolConfig func(ctx context.Context, t Tenant, cfg *pgxpool.Config) error
 }
 

@@ -269,7 +269,10 @@ func (s *denseSession) Exec(ctx context.Context, sql string, arguments ...any) (
 			return tag, err
 		}
 		tag, err = br.Exec()
-		return tag, errors.Join(err, s.sent(br.Close(), err))
+		if closed := s.sent(br.Close(), err); err == nil {
+			err = closed
+		}
+		return tag, err
 	}
 	if err := s.use(ctx); err != nil {
 		return tag, err
@@ -293,7 +296,8 @@ func (s *denseSession) Query(ctx context.Context, sql string, args ...any) (pgx.
 		}
 		rows, err := br.Query()
 		if err != nil {
-			return errRows{err}, errors.Join(err, s.sent(br.Close(), err))
+			_ = s.sent(br.Close(), err) // which says the same
+			return errRows{err}, err
 		}
 		return &boundRows{Rows: rows, results: br, s: s}, nil
 	}

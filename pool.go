@@ -32,6 +32,8 @@ import (
 //
 // ctx ends with the building, carries nothing of the caller who needed the pool first, and bounds
 // nothing afterwards. Calls for different tenants run at the same time.
+//
+// Of a pool that tenants share ([Catalog.SetDense]) each connection is a pool of its own here, and t is nobody's: its ID is 0.
 type PoolBuilder interface {
 	BuildPool(ctx context.Context, t Tenant, cfg *pgxpool.Config) (*pgxpool.Pool, error)
 }
