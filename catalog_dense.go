@@ -54,7 +54,7 @@ const opDense = "set dense"
 func (c *Catalog) enterDense(ctx context.Context, p *place) error {
 	switch {
 	case p.dense:
-		return nil
+		return c.settleDense(ctx, p)
 	case p.isolation == IsolationDatabase:
 		return invalid(fmt.Errorf("isolation: a tenant with %q shares no pool: a session cannot change its database", p.isolation))
 	case p.source.Pooler != "":
@@ -77,7 +77,32 @@ func (c *Catalog) enterDense(ctx context.Context, p *place) error {
 	if err := c.proveDense(ctx, p, login); err != nil {
 		return err
 	}
-	return c.writeDense(ctx, p, true)
+	if err := c.writeDense(ctx, p, true); err != nil {
+		return err
+	}
+	return c.settleDense(ctx, p)
+}
+
+// settleDense gives the place's role what the login owns, when every node has left that.
+func (c *Catalog) settleDense(ctx context.Context, p *place) error {
+	if err := c.tn.feed.awaitNodes(ctx); err != nil {
+		return err
+	}
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	return giveObjects(ctx, conn, p.source.User, p.denseRole)
+}
+
+// giveObjects gives what a role owns, which is its large objects, to another one. A role that is not there has nothing.
+func giveObjects(ctx context.Context, conn *pgx.Conn, from, to string) error {
+	var there bool
+	if err := conn.QueryRow(ctx, `SELECT count(*) = 2 FROM pg_roles WHERE rolname IN ($1, $2)`, from, to).Scan(&there); err != nil || !there {
+		return err
+	}
+	return execDDL(ctx, conn, "REASSIGN OWNED BY "+ident.Quote(from)+" TO "+ident.Quote(to))
 }
 
 // exitDense gives the tenant its own pool back first, and closes the role when every node knows.
@@ -274,6 +299,9 @@ func (c *Catalog) leaveDense(ctx context.Context, p *place) error {
 	if err := closeDense(ctx, conn, p, c.tn.cfg.DrainTimeout); err != nil {
 		return err
 	}
+	if err := giveObjects(ctx, conn, p.denseRole, p.source.User); err != nil {
+		return err
+	}
 	if p.isolation == IsolationShared {
 		if err := p.wall().Dismiss(ctx, conn, p.denseRole); err != nil {
 			return err
@@ -305,28 +333,41 @@ func closeDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Durati
 		return err
 	}
 	role := ident.Quote(p.denseRole)
-	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + role + " FROM " + ident.Quote(p.denseLogin)}); err != nil {
+	closed, err := revoke(ctx, conn, role, ident.Quote(p.denseLogin))
+	if err != nil {
 		return err
 	}
 	// A transaction that reads on a table that it has read before asks for its rights anew, but may not have heard of the change.
-	if err := drainDense(ctx, conn, p, drain); err != nil {
+	if err := drainDense(ctx, conn, p, closed, drain); err != nil {
 		return err
 	}
-	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + ident.Quote(p.runtime) + " FROM " + role}); err != nil {
+	if closed, err = revoke(ctx, conn, ident.Quote(p.runtime), role); err != nil {
 		return err
 	}
-	return endDense(ctx, conn, p)
+	return endDense(ctx, conn, p, closed)
 }
 
-// ofDense are the sessions of the shared pool in a statement or a transaction of the role's, or of nobody's that could be told.
-const ofDense = `FROM pg_stat_activity WHERE usename = $1 AND state <> 'idle' AND (starts_with(query, $2) OR NOT starts_with(query, '/* t_'))`
+// revoke takes a role from another one and returns when that was so: a transaction that begins afterwards knows.
+func revoke(ctx context.Context, conn *pgx.Conn, role, from string) (at time.Time, err error) {
+	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + role + " FROM " + from}); err != nil {
+		return at, err
+	}
+	return at, conn.QueryRow(ctx, `SELECT clock_timestamp()`).Scan(&at)
+}
 
-func (p *place) ofDense() []any { return []any{p.denseLogin, "/* " + p.denseRole + " "} }
+// ofDense are the sessions of the shared pool in a statement or a transaction of the role's, and those of nobody's that could be told which began
+// before: a COPY into a schema that is not the role's is another one's, all else without a mark is what a connection did that was lent (pgx's own), or ends by itself.
+const ofDense = `FROM pg_stat_activity a WHERE usename = $1 AND state <> 'idle' AND (starts_with(query, $2) OR NOT starts_with(query, '/* t_') AND xact_start < $3
+	AND NOT EXISTS (SELECT FROM pg_stat_progress_copy c WHERE c.pid = a.pid AND c.relid <> 0 AND c.relid NOT IN (SELECT oid FROM pg_class WHERE relnamespace = to_regnamespace($4))))`
 
-func drainDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Duration) error {
+func (p *place) ofDense(before time.Time) []any {
+	return []any{p.denseLogin, "/* " + p.denseRole + " ", before, ident.Quote(p.source.Schema)}
+}
+
+func drainDense(ctx context.Context, conn *pgx.Conn, p *place, closed time.Time, drain time.Duration) error {
 	for end, quiet := time.Now().Add(drain), 0; time.Now().Before(end); {
 		var busy int
-		if err := conn.QueryRow(ctx, `SELECT count(*) `+ofDense, p.ofDense()...).Scan(&busy); err != nil {
+		if err := conn.QueryRow(ctx, `SELECT count(*) `+ofDense, p.ofDense(closed)...).Scan(&busy); err != nil {
 			return fmt.Errorf("drain: %w", err)
 		}
 		if quiet++; busy > 0 {
@@ -343,13 +384,13 @@ func drainDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Durati
 	return nil
 }
 
-// endDense ends the sessions that are still at work for the role, and returns when none is left.
-func endDense(ctx context.Context, conn *pgx.Conn, p *place) error {
+// endDense ends the sessions that are still at work for the role, and returns when none is left. One that is at its end already may be another tenant's.
+func endDense(ctx context.Context, conn *pgx.Conn, p *place, closed time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, endTimeout)
 	defer cancel()
 	for quiet := 0; ; {
-		var left int
-		if err := conn.QueryRow(ctx, `SELECT count(pg_terminate_backend(pid)) `+ofDense, p.ofDense()...).Scan(&left); err != nil {
+		var left, told int
+		if err := conn.QueryRow(ctx, `SELECT count(*), count(CASE WHEN query NOT IN ('commit', 'rollback') THEN pg_terminate_backend(pid) END) `+ofDense, p.ofDense(closed)...).Scan(&left, &told); err != nil {
 			return fmt.Errorf("end sessions: %w", err)
 		}
 		if quiet++; left > 0 {
