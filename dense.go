@@ -165,7 +165,7 @@ func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
 	}
 	for patience := homePatience; ; patience = awayPatience {
 		until := time.Now().Add(patience)
-		if until.After(deadline) {
+		if until.After(deadline) || b.slots == 1 { // there is none to look at
 			until = deadline
 		}
 		if err := tn.trySlot(ctx, c, b.home, until); !errors.Is(err, errNoSlot) {
