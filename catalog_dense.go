@@ -54,7 +54,7 @@ const opDense = "set dense"
 func (c *Catalog) enterDense(ctx context.Context, p *place) error {
 	switch {
 	case p.dense:
-		return nil
+		return c.settleDense(ctx, p)
 	case p.isolation == IsolationDatabase:
 		return invalid(fmt.Errorf("isolation: a tenant with %q shares no pool: a session cannot change its database", p.isolation))
 	case p.source.Pooler != "":
@@ -65,7 +65,10 @@ func (c *Catalog) enterDense(ctx context.Context, p *place) error {
 	if err := c.prepareDense(ctx, p); err != nil {
 		return err
 	}
-	return c.writeDense(ctx, p, true)
+	if err := c.writeDense(ctx, p, true); err != nil {
+		return err
+	}
+	return c.settleDense(ctx, p)
 }
 
 // prepareDense makes what the tenant needs in the shared pool, and proves it.
@@ -83,6 +86,28 @@ func (c *Catalog) prepareDense(ctx context.Context, p *place) error {
 		return err
 	}
 	return c.proveDense(ctx, p, login)
+}
+
+// settleDense gives the place's role what the login owns, when every node has left that.
+func (c *Catalog) settleDense(ctx context.Context, p *place) error {
+	if err := c.tn.feed.awaitNodes(ctx); err != nil {
+		return err
+	}
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	return giveObjects(ctx, conn, p.source.User, p.denseRole)
+}
+
+// giveObjects gives what a role owns, which is its large objects, to another one. A role that is not there has nothing.
+func giveObjects(ctx context.Context, conn *pgx.Conn, from, to string) error {
+	var there bool
+	if err := conn.QueryRow(ctx, `SELECT count(*) = 2 FROM pg_roles WHERE rolname IN ($1, $2)`, from, to).Scan(&there); err != nil || !there {
+		return err
+	}
+	return execDDL(ctx, conn, "REASSIGN OWNED BY "+ident.Quote(from)+" TO "+ident.Quote(to))
 }
 
 // exitDense gives the tenant its own pool back first, and closes the role when every node knows.
@@ -279,6 +304,9 @@ func (c *Catalog) leaveDense(ctx context.Context, p *place) error {
 	if err := closeDense(ctx, conn, p, anySession, c.tn.cfg.DrainTimeout); err != nil {
 		return err
 	}
+	if err := giveObjects(ctx, conn, p.denseRole, p.source.User); err != nil {
+		return err
+	}
 	if p.isolation == IsolationShared {
 		if err := p.wall().Dismiss(ctx, conn, p.denseRole); err != nil {
 			return err
@@ -378,7 +406,7 @@ func endDense(ctx context.Context, conn *pgx.Conn, p *place) error {
 	}
 	others := map[transaction]bool{}
 	for patience := time.Now().Add(untoldPatience); ; {
-		rows, _ := conn.Query(ctx, `SELECT pid, coalesce(xact_start, backend_start), starts_with(query, $3) OR application_name = $4, starts_with(query, '/* t_') FROM pg_stat_activity WHERE usename = $1 AND (xact_start <= $2 OR application_name = $4)`,
+		rows, _ := conn.Query(ctx, `SELECT pid, coalesce(xact_start, backend_start), starts_with(query, $3) OR application_name = $4, starts_with(query, '/* t_') OR starts_with(application_name, 't_') FROM pg_stat_activity WHERE usename = $1 AND (xact_start <= $2 OR application_name = $4)`,
 			p.denseLogin, since, p.denseMarked(), p.denseRole)
 		var x transaction
 		var own, told bool

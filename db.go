@@ -561,6 +561,14 @@ type leasedRows struct {
 	args []any
 }
 
+// Conn is pgx's own. One that tenants share is replaced afterwards.
+func (r *leasedRows) Conn() *pgx.Conn {
+	if r.c.conn != nil && r.c.dense != nil {
+		r.c.dense.lent = true
+	}
+	return r.Rows.Conn()
+}
+
 func (r *leasedRows) Close() {
 	r.Rows.Close()
 	r.c.release()

@@ -42,7 +42,7 @@ type binding struct {
 	slots  int32
 	cut    func() // cuts the shared connections
 
-	inUse    atomic.Int32
+	inUse    chan struct{} // one for each connection that the tenant has
 	waiting  atomic.Int32
 	outdated atomic.Int32 // times that a prepared statement turned out to be older than a migration
 	refused  atomic.Int64 // calls
@@ -56,7 +56,7 @@ var slotSeed = maphash.MakeSeed()
 func (tn *Tenancy) newDense(r *record) (*tenantPool, error) {
 	from := *r.dense
 	tn.denseSources.Store(slotKey{server: from.server, isolation: from.isolation}, from)
-	b := &binding{tenant: r.tenant, role: r.denseRole, from: from, slots: tn.cfg.Limits.DenseConns, cut: tn.cutSlots}
+	b := &binding{tenant: r.tenant, role: r.denseRole, from: from, slots: tn.cfg.Limits.DenseConns, cut: tn.cutSlots, inUse: make(chan struct{}, tn.cfg.Limits.TenantConns)}
 	b.bind = denseMark(b.role) + "SET ROLE " + ident.Quote(b.role)
 	b.home = int32(maphash.String(slotSeed, b.role) % uint64(b.slots))
 	b.want = tn.identity(r.tenant.UID, r.source)
@@ -124,9 +124,19 @@ var errNoSlot = errors.New("tenancy: no connection of the shared pool is free")
 // acquireDense takes a connection of the shared pool, for the tenant of c.pool. After an error c holds nothing more than before.
 func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
 	b := c.pool.dense
-	err := tn.trySlot(ctx, c, b.home, time.Time{})
-	if !errors.Is(err, errNoSlot) {
-		return err
+	entered := false
+	defer func() {
+		if entered && c.conn == nil { // also when a hook of the service panics
+			<-b.inUse
+		}
+	}()
+	select {
+	case b.inUse <- struct{}{}:
+		entered = true
+		if err := tn.trySlot(ctx, c, b.home, time.Time{}); !errors.Is(err, errNoSlot) {
+			return err
+		}
+	default:
 	}
 	if n := b.waiting.Add(1); int(n) > c.pool.limits.TenantWaiters {
 		b.waiting.Add(-1)
@@ -140,18 +150,29 @@ func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
 		b.waited.Add(int64(time.Since(began)))
 	}()
 	deadline := began.Add(c.pool.limits.AcquireTimeout)
+	if !entered {
+		timer := time.NewTimer(time.Until(deadline))
+		defer timer.Stop()
+		select {
+		case b.inUse <- struct{}{}:
+			entered = true
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timer.C:
+			b.refused.Add(1)
+			return hinted(ErrBusy, "none of the tenant's %d connections of the shared pool became free within %v", cap(b.inUse), c.pool.limits.AcquireTimeout)
+		}
+	}
 	for patience := homePatience; ; patience = awayPatience {
 		until := time.Now().Add(patience)
-		if until.After(deadline) {
+		if until.After(deadline) || b.slots == 1 { // there is none to look at
 			until = deadline
 		}
 		if err := tn.trySlot(ctx, c, b.home, until); !errors.Is(err, errNoSlot) {
 			return err
 		}
-		if b.inUse.Load() < c.pool.limits.TenantConns {
-			if err := tn.tryOthers(ctx, c, deadline); !errors.Is(err, errNoSlot) {
-				return err
-			}
+		if err := tn.tryOthers(ctx, c, deadline); !errors.Is(err, errNoSlot) {
+			return err
 		}
 		if !time.Now().Before(deadline) {
 			b.refused.Add(1)
@@ -202,26 +223,32 @@ func (tn *Tenancy) trySlot(ctx context.Context, c *checkout, n int32, until time
 		}
 	}()
 	slot := l.Value()
-	conn, err := slot.acquireBy(ctx, func() time.Time { return until })
-	if err != nil {
-		if poolClosed(err) {
-			l.Discard()
+	for again := false; ; again = true {
+		conn, err := slot.acquireBy(ctx, func() time.Time { return until })
+		if err != nil {
+			if poolClosed(err) {
+				l.Discard()
+			}
+			if errors.Is(err, ErrBusy) {
+				return errNoSlot
+			}
+			return err
 		}
-		if errors.Is(err, ErrBusy) {
+		session, err := ready(ctx, conn, b)
+		if err == nil {
+			kept = true
+			c.conn, c.dense, c.slot = conn, session, l
+			return nil
+		}
+		gone := conn.Conn().IsClosed() // while it was idle, most likely: nothing of the call was sent
+		slot.discard(ctx, conn)
+		if !gone || again || ctx.Err() != nil {
+			return err
+		}
+		if until.IsZero() { // its successor is not there yet
 			return errNoSlot
 		}
-		return err
 	}
-	b.inUse.Add(1)
-	session, err := ready(ctx, conn, b)
-	if err != nil {
-		slot.discard(ctx, conn)
-		b.inUse.Add(-1)
-		return err
-	}
-	kept = true
-	c.conn, c.dense, c.slot = conn, session, l
-	return nil
 }
 
 // ready makes a connection of a shared pool fit for the tenant: what another one has left in it is gone, and its first use for the tenant proves that
@@ -262,13 +289,13 @@ func (c *checkout) discardDense(ctx context.Context, conn *pgxpool.Conn) {
 
 func (c *checkout) leaveDense() {
 	c.slot.Release()
-	c.pool.dense.inUse.Add(-1)
+	<-c.pool.dense.inUse
 }
 
 // denseStats are those of a tenant in a shared pool.
 func (p *tenantPool) denseStats() TenantStats {
 	b := p.dense
-	busy := int(b.inUse.Load())
+	busy := len(b.inUse)
 	return TenantStats{Name: p.tenant.Name, Generation: p.tenant.Generation, Dense: true, Conns: busy, Busy: busy, Waiting: int(b.waiting.Load()), Breaker: "closed",
 		Waits: b.waits.Load(), WaitTime: time.Duration(b.waited.Load()), Refused: b.refused.Load()}
 }
@@ -284,10 +311,7 @@ func unboundError(err error) error {
 	return unanswered(err)
 }
 
-// mark begins the tenant's statements. What was prepared before a migration is never met again.
+// mark begins the tenant's statements. What was prepared before a migration is never met again: a session knows statements of earlier generations too.
 func (b *binding) mark() string {
-	if n := b.outdated.Load(); n > 0 {
-		return denseMark(b.role + " " + strconv.Itoa(int(n)))
-	}
-	return denseMark(b.role)
+	return denseMark(b.role + " " + strconv.FormatInt(b.tenant.Generation, 10) + "." + strconv.Itoa(int(b.outdated.Load())))
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -42,18 +43,22 @@ type denseSession struct {
 	bound   *binding // whose role the session has for certain; nil: unknown
 	last    *binding // whose the connection was
 	spoiled bool     // last may have left something in the session: a setting, a cursor, a lock
+	lent    bool     // last had the connection itself, or has prepared a statement by SQL: it is replaced
 
 	proved     map[*binding]bool // it is the tenant's; true: and the statement that binds is prepared
 	statements map[statementKey]*denseStatement
 	prepared   int // statements, those that are forgotten too
-	savepoints int // of all transactions
+	savepoints int // that were set
 }
 
 type statementKey struct {
 	to       *binding
-	outdated int32
+	outdated int32 // named for one whose name is in sql
 	sql      string
 }
+
+// named are the statements that a transaction has given a name: their owner knows nothing of migrations.
+const named = -1
 
 type denseStatement struct {
 	text  string // as it was prepared, and its name
@@ -108,9 +113,10 @@ func (s *denseSession) prove(ctx context.Context) error {
 	return nil
 }
 
-// full says whether the session has seen as much as one may: PostgreSQL forgets nothing of it.
+// full says whether the session has seen as much as one may: PostgreSQL forgets nothing of it. What a tenant did to the connection itself, which has a
+// map of types and statements of its own, nobody can take back.
 func (s *denseSession) full(tenants int) bool {
-	return len(s.proved) >= tenants || s.prepared >= maxStatements
+	return s.lent || len(s.proved) >= tenants || s.prepared >= maxStatements
 }
 
 // end is called when the connection is given back.
@@ -200,7 +206,10 @@ func (c *call) all() []any {
 
 // known returns the statement if it is prepared for the tenant.
 func (s *denseSession) known(sql string) *denseStatement {
-	return s.statements[statementKey{s.to, s.to.outdated.Load(), sql}]
+	if st := s.statements[statementKey{s.to, s.to.outdated.Load(), sql}]; st != nil {
+		return st
+	}
+	return s.statements[statementKey{s.to, named, sql}]
 }
 
 // statement returns the tenant's own prepared statement. It is prepared as the tenant, whose tables may differ from another's.
@@ -215,13 +224,22 @@ func (s *denseSession) statement(ctx context.Context, sql string) (*denseStateme
 	}
 	s.prepared++
 	s.statements[key] = st
+	s.look(sql, st.plain)
 	return st, nil
+}
+
+// look notes what a text may leave that no reset takes away: PREPARE, whose names are the session's. Not DEALLOCATE ALL, which drops our own.
+func (s *denseSession) look(sql string, plain bool) {
+	if !plain && strings.Contains(strings.ToLower(sql), "prepare") {
+		s.lent = true
+	}
 }
 
 // text is the statement for what is not prepared. It may leave anything.
 func (s *denseSession) text(sql string) string {
 	if !plain.Read(sql) {
 		s.spoiled = true
+		s.look(sql, false)
 	}
 	return s.to.mark() + sql
 }
@@ -232,7 +250,7 @@ func (s *denseSession) resolve(ctx context.Context, sql string, args []any, simp
 	if err != nil {
 		return "", nil, err
 	}
-	if !c.cached() || simple && len(c.args) == 0 { // pgx's Exec sends what has no arguments as it is: it may be several statements
+	if !c.cached() || simple && len(c.args) == 0 && s.statements[statementKey{s.to, named, c.sql}] == nil { // pgx's Exec sends what has no arguments as it is: it may be several statements
 		return s.text(c.sql), c.all(), nil
 	}
 	st, err := s.statement(ctx, c.sql)
@@ -482,14 +500,18 @@ func (s *denseSession) marked(o pgx.TxOptions) pgx.TxOptions {
 	return o
 }
 
-// denseTx is a transaction in a shared session, or a savepoint in one.
+// denseTx is a transaction in a shared session, or a savepoint in one. A savepoint's own statements are marked like all others, so it is not pgx's.
 type denseTx struct {
 	pgx.Tx
-	s    *denseSession
-	took bool // the role was taken in it, and goes with it when it is rolled back
+	s         *denseSession
+	took      bool   // the role was taken in it, and goes with it when it is rolled back
+	savepoint string // "": the transaction itself
 }
 
 func (t *denseTx) Commit(ctx context.Context) error {
+	if t.savepoint != "" {
+		return t.end(ctx, "release savepoint ")
+	}
 	err := t.Tx.Commit(ctx)
 	if err != nil {
 		t.undone()
@@ -498,6 +520,9 @@ func (t *denseTx) Commit(ctx context.Context) error {
 }
 
 func (t *denseTx) Rollback(ctx context.Context) error {
+	if t.savepoint != "" {
+		return t.end(ctx, "rollback to savepoint ")
+	}
 	err := t.Tx.Rollback(ctx)
 	if !errors.Is(err, pgx.ErrTxClosed) { // as after a commit
 		t.undone()
@@ -514,73 +539,19 @@ func (t *denseTx) undone() {
 // Begin makes a savepoint, as pgx does it but with the tenant's mark.
 func (t *denseTx) Begin(ctx context.Context) (pgx.Tx, error) {
 	t.s.savepoints++
-	p := savepoint{Tx: t.Tx, s: t.s, name: "sp_" + strconv.Itoa(t.s.savepoints)}
-	if _, err := t.Tx.Exec(ctx, t.s.to.mark()+"savepoint "+p.name); err != nil {
+	name := "sp_" + strconv.Itoa(t.s.savepoints)
+	if _, err := t.Tx.Exec(ctx, t.s.to.mark()+"savepoint "+name); err != nil {
 		return nil, err
 	}
-	return &denseTx{Tx: &p, s: t.s}, nil
+	return &denseTx{Tx: t.Tx, s: t.s, savepoint: name}, nil
 }
 
-// savepoint is a transaction inside another one.
-type savepoint struct {
-	pgx.Tx // the whole transaction
-	s      *denseSession
-	name   string
-	closed bool
-}
-
-func (p *savepoint) end(ctx context.Context, sql string) error {
-	if p.closed {
-		return pgx.ErrTxClosed
-	}
-	_, err := p.Tx.Exec(ctx, p.s.to.mark()+sql+p.name)
-	p.closed = true
+func (t *denseTx) end(ctx context.Context, verb string) error {
+	_, err := t.Tx.Exec(ctx, t.s.to.mark()+verb+t.savepoint)
+	var b pgx.Batch
+	b.BeginTx(pgx.TxOptions{})
+	t.Tx = pgx.FailedBatchResults(&b, pgx.ErrTxClosed).Tx() // a closed one
 	return err
-}
-
-func (p *savepoint) Commit(ctx context.Context) error   { return p.end(ctx, "release savepoint ") }
-func (p *savepoint) Rollback(ctx context.Context) error { return p.end(ctx, "rollback to savepoint ") }
-
-func (p *savepoint) Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error) {
-	if p.closed {
-		return pgconn.CommandTag{}, pgx.ErrTxClosed
-	}
-	return p.Tx.Exec(ctx, sql, arguments...)
-}
-
-func (p *savepoint) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	if p.closed {
-		return errRows{pgx.ErrTxClosed}, pgx.ErrTxClosed
-	}
-	return p.Tx.Query(ctx, sql, args...)
-}
-
-func (p *savepoint) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
-	if p.closed {
-		return errRow{pgx.ErrTxClosed}
-	}
-	return p.Tx.QueryRow(ctx, sql, args...)
-}
-
-func (p *savepoint) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
-	if p.closed {
-		return pgx.FailedBatchResults(b, pgx.ErrTxClosed)
-	}
-	return p.Tx.SendBatch(ctx, b)
-}
-
-func (p *savepoint) CopyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, rowSrc pgx.CopyFromSource) (int64, error) {
-	if p.closed {
-		return 0, pgx.ErrTxClosed
-	}
-	return p.Tx.CopyFrom(ctx, tableName, columnNames, rowSrc)
-}
-
-func (p *savepoint) Prepare(ctx context.Context, name, sql string) (*pgconn.StatementDescription, error) {
-	if p.closed {
-		return nil, pgx.ErrTxClosed
-	}
-	return p.Tx.Prepare(ctx, name, sql)
 }
 
 func (t *denseTx) Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error) {
@@ -627,16 +598,22 @@ func (t *denseTx) Prepare(ctx context.Context, name, sql string) (*pgconn.Statem
 		st.text = ""
 	}
 	d, err := t.Tx.Prepare(ctx, st.text, t.s.to.mark()+sql)
-	if err == nil && name != "" {
-		t.s.prepared++
-		t.s.statements[statementKey{t.s.to, t.s.to.outdated.Load(), name}] = st
+	if err != nil {
+		return nil, err
 	}
-	return d, err
+	if name != "" {
+		t.s.prepared++
+		t.s.statements[statementKey{t.s.to, named, name}] = st
+	}
+	t.s.look(sql, st.plain)
+	known := *d
+	known.Name, known.SQL = name, sql
+	return &known, nil
 }
 
-// Conn is pgx's own connection, which leaves what it wants.
+// Conn is pgx's own connection. It is replaced afterwards: see full.
 func (t *denseTx) Conn() *pgx.Conn {
-	t.s.spoiled = true
+	t.s.lent = true
 	return t.Tx.Conn()
 }
 

@@ -160,6 +160,11 @@ func (c *Catalog) finishPlace(ctx context.Context, id ID, source int64) error {
 	if err := c.leavePlace(ctx, left); err != nil {
 		return err
 	}
+	if left.denseRole != "" && !left.dense {
+		if err := c.leaveDense(ctx, left); err != nil {
+			return err
+		}
+	}
 	return errors.Join(c.dropNextLogin(ctx, left), c.dropOldLogin(ctx, left))
 }
 
