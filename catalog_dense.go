@@ -73,6 +73,11 @@ func (c *Catalog) enterDense(ctx context.Context, p *place) error {
 
 // prepareDense makes what the tenant needs in the shared pool, and proves it.
 func (c *Catalog) prepareDense(ctx context.Context, p *place) error {
+	ctx, release, err := c.lockDense(ctx, p)
+	if err != nil {
+		return err
+	}
+	defer release()
 	login, err := c.intendDense(ctx, p)
 	if err != nil {
 		return err
@@ -170,6 +175,16 @@ func (c *Catalog) intendDense(ctx context.Context, p *place) (login denseSource,
 // makeDense makes the pool's login and the place's role, each where it is missing, and asks the server whether they are as they must be. The login has
 // no rights but to connect, and inherits none: what it may is what the role that it takes may.
 func (c *Catalog) makeDense(ctx context.Context, conn *pgx.Conn, p *place, login DataSource) error {
+	if err := makeDenseLogin(ctx, conn, login); err != nil {
+		return err
+	}
+	if err := makeRole(ctx, conn, p.denseRole, "NOLOGIN"); err != nil {
+		return err
+	}
+	return c.giveDense(ctx, conn, p)
+}
+
+func makeDenseLogin(ctx context.Context, conn *pgx.Conn, login DataSource) error {
 	verifier, err := scram.RandomVerifier(login.Password.Reveal())
 	if err != nil {
 		return err
@@ -187,22 +202,27 @@ func (c *Catalog) makeDense(ctx context.Context, conn *pgx.Conn, p *place, login
 			steps = append(steps, "GRANT USAGE ON SCHEMA "+schema+" TO "+ident.Quote(login.User))
 		}
 	}
-	if err := execAll(ctx, conn, opDense, steps); err != nil {
-		return err
-	}
-	if err := makeRole(ctx, conn, p.denseRole, "NOLOGIN"); err != nil {
-		return err
-	}
-	return c.openDense(ctx, conn, p)
+	return execAll(ctx, conn, opDense, steps)
 }
 
-// openDense gives the place's role its rights, and the pool's login the role.
+// openDense gives a role that was closed its rights again.
 func (c *Catalog) openDense(ctx context.Context, conn *pgx.Conn, p *place) error {
-	take := "GRANT " + ident.Quote(p.denseRole) + " TO " + ident.Quote(p.denseLogin)
-	if serverMajor(conn) >= 16 {
-		take += " WITH INHERIT FALSE, SET TRUE"
+	ctx, release, err := c.lockDense(ctx, p)
+	if err != nil {
+		return err
 	}
-	if err := execAll(ctx, conn, opDense, []string{"GRANT " + ident.Quote(p.runtime) + " TO " + ident.Quote(p.denseRole), take}); err != nil {
+	defer release()
+	l, err := c.denseLogin(ctx, p.server, p.isolation) // it may have been rotated since p was read
+	if err != nil {
+		return err
+	}
+	p.denseLogin = l.source.User
+	return c.giveDense(ctx, conn, p)
+}
+
+// giveDense gives the place's role its rights, and the pool's login the role. The lock of the server's pools is held.
+func (c *Catalog) giveDense(ctx context.Context, conn *pgx.Conn, p *place) error {
+	if err := execAll(ctx, conn, opDense, []string{"GRANT " + ident.Quote(p.runtime) + " TO " + ident.Quote(p.denseRole), takeRole(conn, ident.Quote(p.denseRole), p.denseLogin)}); err != nil {
 		return err
 	}
 	if p.isolation == IsolationShared {
@@ -211,6 +231,15 @@ func (c *Catalog) openDense(ctx context.Context, conn *pgx.Conn, p *place) error
 		}
 	}
 	return ask(ctx, conn, denseChecks(p))
+}
+
+// takeRole returns the statement that lets a pool's login take roles, and inherit nothing of them.
+func takeRole(conn *pgx.Conn, quoted, login string) string {
+	s := "GRANT " + quoted + " TO " + ident.Quote(login)
+	if serverMajor(conn) >= 16 {
+		s += " WITH INHERIT FALSE, SET TRUE"
+	}
+	return s
 }
 
 // denseChecks are what has to be true of the place's role and of the login that takes it.
@@ -239,9 +268,21 @@ func (c *Catalog) proveDense(ctx context.Context, p *place, login denseSource) e
 	if err != nil {
 		return err
 	}
-	cc, err := login.source.connConfig()
+	conn, err := c.connectDense(ctx, login)
 	if err != nil {
 		return err
+	}
+	defer closeConn(conn)
+	s := denseSessionOf(conn)
+	s.to = dense.dense
+	return s.prove(ctx)
+}
+
+// connectDense connects as the login of a shared pool, on the same terms as the pool. Whoever gets the connection closes it.
+func (c *Catalog) connectDense(ctx context.Context, login denseSource) (*pgx.Conn, error) {
+	cc, err := login.source.connConfig()
+	if err != nil {
+		return nil, err
 	}
 	cc.ConnectTimeout = c.tn.cfg.Limits.ConnectTimeout
 	pins := c.tn.pins(cc, login.source)
@@ -250,16 +291,14 @@ func (c *Catalog) proveDense(ctx context.Context, p *place, login denseSource) e
 	c.tn.servers.single(cc)
 	conn, err := pgx.ConnectConfig(ctx, cc)
 	if err != nil {
-		return connectError(err)
+		return nil, connectError(err)
 	}
-	defer closeConn(conn)
-	one := tenantPool{tenant: p.tenant, limits: c.tn.cfg.Limits, want: c.tn.slotIdentity(login)}
+	one := tenantPool{limits: c.tn.cfg.Limits, want: c.tn.slotIdentity(login)}
 	if err := one.proveWithin(ctx, conn); err != nil {
-		return err
+		closeConn(conn)
+		return nil, err
 	}
-	s := denseSessionOf(conn)
-	s.to = dense.dense
-	return s.prove(ctx)
+	return conn, nil
 }
 
 // writeDense is the moment from which nodes send the tenant's calls the other way.
@@ -337,13 +376,18 @@ func closeDense(ctx context.Context, conn *pgx.Conn, p *place, wait inUse, drain
 		return nil
 	}
 	var there bool
-	if err := conn.QueryRow(ctx, `SELECT count(*) = 2 FROM pg_roles WHERE rolname IN ($1, $2)`, p.denseRole, p.denseLogin).Scan(&there); err != nil || !there {
+	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, p.denseRole).Scan(&there); err != nil || !there {
 		return err
 	}
-	steps := []string{
-		"REVOKE " + ident.Quote(p.denseRole) + " FROM " + ident.Quote(p.denseLogin), // no session takes it any more
-		"REVOKE " + ident.Quote(p.runtime) + " FROM " + ident.Quote(p.denseRole),
+	rows, _ := conn.Query(ctx, `SELECT l.rolname::text FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.roleid JOIN pg_roles l ON l.oid = m.member
+		WHERE r.rolname = $1 AND l.rolcanlogin AND NOT l.rolcreaterole`, p.denseRole) // not the provisioner
+	logins, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
 	}
+	logins = append(logins, p.denseLogin)                                                   // a fence that died has taken the role from it
+	steps := []string{"REVOKE " + ident.Quote(p.denseRole) + " FROM " + quotedPath(logins)} // no session takes it any more
+	steps = append(steps, "REVOKE "+ident.Quote(p.runtime)+" FROM "+ident.Quote(p.denseRole))
 	quiet := leavingQuiet
 	if wait == atWork { // who comes now is to be refused
 		if err := execAll(ctx, conn, "fence", steps[:1]); err != nil {
@@ -351,13 +395,13 @@ func closeDense(ctx context.Context, conn *pgx.Conn, p *place, wait inUse, drain
 		}
 		quiet = quietLooks * drainLook
 	}
-	if err := drainDense(ctx, conn, p, quiet, drain); err != nil {
+	if err := drainDense(ctx, conn, p, logins, quiet, drain); err != nil {
 		return err
 	}
 	if err := execAll(ctx, conn, "fence", steps); err != nil {
 		return err
 	}
-	return endDense(ctx, conn, p)
+	return endDense(ctx, conn, p, logins)
 }
 
 const drainLook = 10 * time.Millisecond
@@ -366,12 +410,12 @@ const drainLook = 10 * time.Millisecond
 func (p *place) denseMarked() string { return "/* " + p.denseRole + " " }
 
 // drainDense waits until nothing has been at work for the role for some time.
-func drainDense(ctx context.Context, conn *pgx.Conn, p *place, quiet, drain time.Duration) error {
+func drainDense(ctx context.Context, conn *pgx.Conn, p *place, logins []string, quiet, drain time.Duration) error {
 	now := time.Now()
 	for end, since := now.Add(drain), now; now.Before(end); now = time.Now() {
 		var busy int
-		if err := conn.QueryRow(ctx, `SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND (state <> 'idle' AND starts_with(query, $2) OR application_name = $3)`,
-			p.denseLogin, p.denseMarked(), p.denseRole).Scan(&busy); err != nil {
+		if err := conn.QueryRow(ctx, `SELECT count(*) FROM pg_stat_activity WHERE usename = ANY($1) AND (state <> 'idle' AND starts_with(query, $2) OR application_name = $3)`,
+			logins, p.denseMarked(), p.denseRole).Scan(&busy); err != nil {
 			return fmt.Errorf("drain: %w", err)
 		}
 		if busy > 0 {
@@ -393,7 +437,7 @@ const untoldPatience = time.Second
 
 // endDense ends the role's transactions, and returns when none is left. One that began after the role had lost its rights has none; one that began before
 // may go on with those that it knew, so each of them ends, or is seen to be another's.
-func endDense(ctx context.Context, conn *pgx.Conn, p *place) error {
+func endDense(ctx context.Context, conn *pgx.Conn, p *place, logins []string) error {
 	ctx, cancel := context.WithTimeout(ctx, endTimeout)
 	defer cancel()
 	var since time.Time
@@ -406,8 +450,8 @@ func endDense(ctx context.Context, conn *pgx.Conn, p *place) error {
 	}
 	others := map[transaction]bool{}
 	for patience := time.Now().Add(untoldPatience); ; {
-		rows, _ := conn.Query(ctx, `SELECT pid, coalesce(xact_start, backend_start), starts_with(query, $3) OR application_name = $4, starts_with(query, '/* t_') OR starts_with(application_name, 't_') FROM pg_stat_activity WHERE usename = $1 AND (xact_start <= $2 OR application_name = $4)`,
-			p.denseLogin, since, p.denseMarked(), p.denseRole)
+		rows, _ := conn.Query(ctx, `SELECT pid, coalesce(xact_start, backend_start), starts_with(query, $3) OR application_name = $4, starts_with(query, '/* t_') OR starts_with(application_name, 't_') FROM pg_stat_activity WHERE usename = ANY($1) AND (xact_start <= $2 OR application_name = $4)`,
+			logins, since, p.denseMarked(), p.denseRole)
 		var x transaction
 		var own, told bool
 		var end []int32 // processes
@@ -424,7 +468,7 @@ func endDense(ctx context.Context, conn *pgx.Conn, p *place) error {
 			return nil
 		})
 		if err == nil && len(end) > 0 {
-			_, err = conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = ANY($1) AND usename = $2 AND (xact_start <= $3 OR application_name = $4)`, end, p.denseLogin, since, p.denseRole)
+			_, err = conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = ANY($1) AND usename = ANY($2) AND (xact_start <= $3 OR application_name = $4)`, end, logins, since, p.denseRole)
 		}
 		if err != nil {
 			return fmt.Errorf("end sessions: %w", err)

@@ -55,13 +55,30 @@ var slotSeed = maphash.MakeSeed()
 // newDense returns what stands for a pool of the tenant's own.
 func (tn *Tenancy) newDense(r *record) (*tenantPool, error) {
 	from := *r.dense
-	tn.denseSources.Store(slotKey{server: from.server, isolation: from.isolation}, from)
+	tn.knowDense(from)
 	b := &binding{tenant: r.tenant, role: r.denseRole, from: from, slots: tn.cfg.Limits.DenseConns, cut: tn.cutSlots, inUse: make(chan struct{}, tn.cfg.Limits.TenantConns)}
 	b.bind = denseMark(b.role) + "SET ROLE " + ident.Quote(b.role)
 	b.home = int32(maphash.String(slotSeed, b.role) % uint64(b.slots))
 	b.want = tn.identity(r.tenant.UID, r.source)
 	b.want.user, b.want.question = b.role, boundQuestion(r.source.Schema)
 	return &tenantPool{tenant: r.tenant, limits: tn.cfg.Limits, dense: b}, nil
+}
+
+// knowDense remembers how a shared pool is reached. The connections of a login that it had before are used no more.
+func (tn *Tenancy) knowDense(from denseSource) {
+	key := slotKey{server: from.server, isolation: from.isolation}
+	for {
+		stored, known := tn.denseSources.LoadOrStore(key, from)
+		if !known || stored.(denseSource).generation >= from.generation {
+			return
+		}
+		if tn.denseSources.CompareAndSwap(key, stored, from) {
+			break
+		}
+	}
+	for n := range tn.cfg.Limits.DenseConns {
+		tn.slots.Retire(slotKey{from.server, from.isolation, n}, from.generation)
+	}
 }
 
 // denseMark begins each statement of a role in a shared pool: statements of two tenants are never one, and the server's pg_stat_activity tells whose each is.

@@ -16,7 +16,10 @@ CREATE TABLE tenancy.dense_logins (
     isolation  text NOT NULL CHECK (isolation IN ('schema', 'shared')),
     login      text NOT NULL UNIQUE,
     sealed     bytea NOT NULL,
-    generation bigint NOT NULL DEFAULT 1, -- rises with each password
+    generation bigint NOT NULL DEFAULT 1, -- rises with each login
+    next_login text NOT NULL DEFAULT '',  -- while it is rotated, as a place's
+    next_sealed bytea,
+    old_login  text NOT NULL DEFAULT '',
     created    timestamptz NOT NULL DEFAULT now(),
     updated    timestamptz NOT NULL DEFAULT now(),
     UNIQUE (server, isolation)
