@@ -70,7 +70,7 @@ func newDenseFleet(b *testing.B, n int) *benchFleet {
 // denseNode opens a node and returns a context for each of the first n tenants.
 func (f *benchFleet) denseNode(b *testing.B, n int, limits tenancy.Limits) (*tenancy.TenantAwareDB, []benchTenant) {
 	b.Helper()
-	limits.ServerConns, limits.TenantIdle, limits.ConnIdle = 100, time.Hour, time.Hour
+	limits.ServerConns, limits.TenantConns, limits.TenantIdle, limits.ConnIdle = 100, denseConns, time.Hour, time.Hour
 	tn := f.Open(b, tenancy.Config{Limits: limits})
 	tenants := make([]benchTenant, n)
 	for i, t := range f.tenants[:n] {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"math"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -23,12 +24,24 @@ type denseSource struct {
 	source     DataSource
 }
 
-// slotKey is one of the connections of such a pool. A tenant's calls go over the same one where that is free, so that a session knows the
-// tables and the statements of its own tenants and not of all: PostgreSQL keeps what it has looked up for as long as a session lives.
-type slotKey struct {
+// poolKey names a shared pool.
+type poolKey struct {
 	server    int64
 	isolation Isolation
-	n         int32
+}
+
+// sharedPool is what this node knows of a shared pool. PostgreSQL keeps what a session has looked up for as long as it lives, so a session must not know too many
+// tenants. Few of them have all connections together, of which those that were used last are used first; more are parted into groups, by hash, each with its part of the connections.
+type sharedPool struct {
+	source  atomic.Pointer[denseSource]
+	tenants atomic.Int64 // in use on this node
+	groups  atomic.Int32 // a power of two; it never falls
+}
+
+// slotKey is one of the groups of a shared pool.
+type slotKey struct {
+	poolKey
+	groups, n int32
 }
 
 // binding is what makes a session of a shared pool one tenant's, for one generation. Safe for concurrent use.
@@ -38,8 +51,8 @@ type binding struct {
 	bind   string   // the statement that binds a session
 	want   identity // what a bound session says
 	from   denseSource
-	home   int32
-	slots  int32
+	pool   *sharedPool
+	hash   uint64
 	cut    func() // cuts the shared connections
 
 	inUse    chan struct{} // one for each connection that the tenant has
@@ -55,36 +68,63 @@ var slotSeed = maphash.MakeSeed()
 // newDense returns what stands for a pool of the tenant's own.
 func (tn *Tenancy) newDense(r *record) (*tenantPool, error) {
 	from := *r.dense
-	tn.knowDense(from)
-	b := &binding{tenant: r.tenant, role: r.denseRole, from: from, slots: tn.cfg.Limits.DenseConns, cut: tn.cutSlots, inUse: make(chan struct{}, tn.cfg.Limits.TenantConns)}
+	b := &binding{tenant: r.tenant, role: r.denseRole, from: from, pool: tn.sharedPool(from), hash: maphash.String(slotSeed, r.denseRole),
+		cut: tn.cutSlots, inUse: make(chan struct{}, tn.cfg.Limits.TenantConns)}
 	b.bind = denseMark(b.role) + "SET ROLE " + ident.Quote(b.role)
-	b.home = int32(maphash.String(slotSeed, b.role) % uint64(b.slots))
 	b.want = tn.identity(r.tenant.UID, r.source)
 	b.want.user, b.want.question = b.role, boundQuestion(r.source.Schema)
 	return &tenantPool{tenant: r.tenant, limits: tn.cfg.Limits, dense: b}, nil
 }
 
-// knowDense remembers how a shared pool is reached. The connections of a login that it had before are used no more.
-func (tn *Tenancy) knowDense(from denseSource) {
-	key := slotKey{server: from.server, isolation: from.isolation}
+// enterPool counts the tenant among those of its pool, which is parted further when they have become too many.
+func (tn *Tenancy) enterPool(b *binding) {
+	tenants := b.pool.tenants.Add(1)
 	for {
-		stored, known := tn.denseSources.LoadOrStore(key, from)
-		if !known || stored.(denseSource).generation >= from.generation {
+		groups := b.pool.groups.Load()
+		// Hashing gives a group a tenth more than another; a quarter is left for it.
+		if 4*tenants <= 3*int64(tn.cfg.Limits.DenseTenants)*int64(groups) || 2*groups > tn.cfg.Limits.DenseConns {
 			return
 		}
-		if tn.denseSources.CompareAndSwap(key, stored, from) {
-			break
+		if b.pool.groups.CompareAndSwap(groups, 2*groups) {
+			tn.retireSlots(b.from, groups, math.MaxInt64)
 		}
 	}
-	for n := range tn.cfg.Limits.DenseConns {
-		tn.slots.Retire(slotKey{from.server, from.isolation, n}, from.generation)
+}
+
+// sharedPool returns what is known of a shared pool. The connections of a login that it had before are used no more.
+func (tn *Tenancy) sharedPool(from denseSource) *sharedPool {
+	stored, known := tn.densePools.Load(from.key())
+	if !known {
+		fresh := &sharedPool{}
+		fresh.groups.Store(1)
+		fresh.source.Store(&from)
+		stored, _ = tn.densePools.LoadOrStore(from.key(), fresh)
+	}
+	pool := stored.(*sharedPool)
+	for {
+		before := pool.source.Load()
+		if before.generation >= from.generation {
+			return pool
+		}
+		if pool.source.CompareAndSwap(before, &from) {
+			tn.retireSlots(from, pool.groups.Load(), from.generation)
+			return pool
+		}
+	}
+}
+
+func (d denseSource) key() poolKey { return poolKey{d.server, d.isolation} }
+
+func (tn *Tenancy) retireSlots(of denseSource, groups int32, below int64) {
+	for n := range groups {
+		tn.slots.Retire(slotKey{of.key(), groups, n}, below)
 	}
 }
 
 // denseMark begins each statement of a role in a shared pool: statements of two tenants are never one, and the server's pg_stat_activity tells whose each is.
 func denseMark(role string) string { return "/* " + role + " */ " }
 
-// newSlots returns the connections that tenants share, each a pool of one.
+// newSlots returns the connections that tenants share, a pool for each group.
 func (tn *Tenancy) newSlots(m *poolMaker) *lease.Table[slotKey, *tenantPool] {
 	return lease.New(lease.Config[slotKey, *tenantPool]{
 		Build:     m.buildSlot,
@@ -100,13 +140,20 @@ func (tn *Tenancy) cutSlots() {
 }
 
 func (m *poolMaker) buildSlot(ctx context.Context, key slotKey, generation int64) (*tenantPool, error) {
-	stored, _ := m.tn.denseSources.Load(slotKey{server: key.server, isolation: key.isolation})
-	from, ok := stored.(denseSource)
-	if !ok || from.generation < generation {
-		return nil, fmt.Errorf("tenancy: the shared pool of server %d is not known in generation %d", key.server, generation)
+	stored, known := m.tn.densePools.Load(key.poolKey)
+	if !known {
+		return nil, fmt.Errorf("tenancy: the shared pool of server %d is not known", key.server)
+	}
+	from := *stored.(*sharedPool).source.Load()
+	if from.generation < generation {
+		return nil, fmt.Errorf("tenancy: generation %d of the shared pool of server %d was asked for, and %d is known", generation, key.server, from.generation)
+	}
+	conns := m.tn.cfg.Limits.DenseConns / key.groups
+	if key.n < m.tn.cfg.Limits.DenseConns%key.groups {
+		conns++
 	}
 	name := Tenant{Name: fmt.Sprintf("shared pool of server %d, %s", key.server, key.isolation), realm: m.tn.realm}
-	p := &tenantPool{tenant: name, limits: m.tn.cfg.Limits, slot: true,
+	p := &tenantPool{tenant: name, limits: m.tn.cfg.Limits, slot: conns,
 		server: m.tn.servers.of(from.source.Host, from.source.Port), breaker: newBreaker(m.tn.cfg.Logger, name)}
 	p.want = m.tn.slotIdentity(from)
 	return p, m.fill(ctx, p, from.source)
@@ -128,7 +175,7 @@ func (tn *Tenancy) slotIdentity(from denseSource) identity {
 }
 
 const (
-	// homePatience is how long a call waits for its tenant's usual connection before it looks at the others: those do not know the tenant's tables yet,
+	// homePatience is how long a call waits for a connection of its tenant's group before it looks at the others: those do not know the tenant's tables yet,
 	// and most statements take less.
 	homePatience = 5 * time.Millisecond
 	// awayPatience is the wait from the second time on.
@@ -150,7 +197,7 @@ func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
 	select {
 	case b.inUse <- struct{}{}:
 		entered = true
-		if err := tn.trySlot(ctx, c, b.home, time.Time{}); !errors.Is(err, errNoSlot) {
+		if err := tn.trySlot(ctx, c, b.home(0), time.Time{}); !errors.Is(err, errNoSlot) {
 			return err
 		}
 	default:
@@ -182,10 +229,11 @@ func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
 	}
 	for patience := homePatience; ; patience = awayPatience {
 		until := time.Now().Add(patience)
-		if until.After(deadline) || b.slots == 1 { // there is none to look at
+		home := b.home(0)
+		if until.After(deadline) || home.groups == 1 { // there is no other to look at
 			until = deadline
 		}
-		if err := tn.trySlot(ctx, c, b.home, until); !errors.Is(err, errNoSlot) {
+		if err := tn.trySlot(ctx, c, home, until); !errors.Is(err, errNoSlot) {
 			return err
 		}
 		if err := tn.tryOthers(ctx, c, deadline); !errors.Is(err, errNoSlot) {
@@ -198,27 +246,33 @@ func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
 	}
 }
 
-// tryOthers looks for a connection away from the tenant's usual one: one that is idle, or else one that is not open yet.
-func (tn *Tenancy) tryOthers(ctx context.Context, c *checkout, deadline time.Time) error {
-	b := c.pool.dense
-	closed := int32(-1)
-	for i := int32(1); i < b.slots; i++ {
-		n := (b.home + i) % b.slots
-		if err := tn.trySlot(ctx, c, n, time.Time{}); !errors.Is(err, errNoSlot) {
-			return err
-		}
-		if closed < 0 && !tn.slotOpen(n, b) {
-			closed = n
-		}
-	}
-	if closed < 0 {
-		return errNoSlot
-	}
-	return tn.trySlot(ctx, c, closed, deadline)
+// home is the group of the tenant, or one that is some groups away from it.
+func (b *binding) home(away int32) slotKey {
+	groups := b.pool.groups.Load()
+	return slotKey{b.from.key(), groups, int32(b.hash+uint64(away)) & (groups - 1)}
 }
 
-func (tn *Tenancy) slotOpen(n int32, b *binding) (open bool) {
-	l, err := tn.slots.Acquire(context.Background(), slotKey{b.from.server, b.from.isolation, n}, b.from.generation)
+// tryOthers looks for a connection away from the tenant's group: one that is idle, or else one that is not open yet.
+func (tn *Tenancy) tryOthers(ctx context.Context, c *checkout, deadline time.Time) error {
+	b := c.pool.dense
+	var closed *slotKey
+	for away := int32(1); away < b.pool.groups.Load(); away++ {
+		key := b.home(away)
+		if err := tn.trySlot(ctx, c, key, time.Time{}); !errors.Is(err, errNoSlot) {
+			return err
+		}
+		if closed == nil && !tn.slotOpen(key, b) {
+			closed = &key
+		}
+	}
+	if closed == nil {
+		return errNoSlot
+	}
+	return tn.trySlot(ctx, c, *closed, deadline)
+}
+
+func (tn *Tenancy) slotOpen(key slotKey, b *binding) (open bool) {
+	l, err := tn.slots.Acquire(context.Background(), key, b.from.generation)
 	if err != nil {
 		return true // the next look tells why
 	}
@@ -226,10 +280,10 @@ func (tn *Tenancy) slotOpen(n int32, b *binding) (open bool) {
 	return l.Value().account.HasConns()
 }
 
-// trySlot takes the n-th connection if it is free by then; with a zero time only if it is idle now. Otherwise the error is errNoSlot.
-func (tn *Tenancy) trySlot(ctx context.Context, c *checkout, n int32, until time.Time) error {
+// trySlot takes a connection of the group if one is free by then; with a zero time only if one is idle now. Otherwise the error is errNoSlot.
+func (tn *Tenancy) trySlot(ctx context.Context, c *checkout, key slotKey, until time.Time) error {
 	b := c.pool.dense
-	l, err := tn.slots.Acquire(ctx, slotKey{b.from.server, b.from.isolation, n}, b.from.generation)
+	l, err := tn.slots.Acquire(ctx, key, b.from.generation)
 	if err != nil {
 		return err
 	}

@@ -116,7 +116,7 @@ func (s *denseSession) prove(ctx context.Context) error {
 // full says whether the session has seen as much as one may: PostgreSQL forgets nothing of it. What a tenant did to the connection itself, which has a
 // map of types and statements of its own, nobody can take back.
 func (s *denseSession) full(tenants int) bool {
-	return s.lent || len(s.proved) >= tenants || s.prepared >= maxStatements
+	return s.lent || len(s.proved) > tenants || s.prepared >= maxStatements
 }
 
 // end is called when the connection is given back.

@@ -78,7 +78,7 @@ type tenantPool struct {
 	afterRelease func(*pgx.Conn) bool // the service's hook; nil: none
 
 	dense *binding // the tenant has no pool of its own, and of the fields above tenant and limits alone; nil: it has
-	slot  bool     // one connection of a shared pool, and nobody's in particular
+	slot  int32    // connections of a group that tenants share, and nobody's in particular; 0: it is a tenant's pool
 }
 
 // newPools returns the pools of all tenants: each is built at its first use, replaced when the
@@ -108,7 +108,11 @@ func (m *poolMaker) build(ctx context.Context, id ID, generation int64) (*tenant
 		return nil, err
 	}
 	if r.dense != nil {
-		return m.tn.newDense(r)
+		p, err := m.tn.newDense(r)
+		if err == nil {
+			m.tn.enterPool(p.dense)
+		}
+		return p, err
 	}
 	source, err := r.source.viaPooler()
 	if err != nil {
@@ -160,6 +164,7 @@ func (m *poolMaker) claim(p *tenantPool) error {
 // close blocks until every connection has come back, so it is called in the background.
 func (m *poolMaker) close(p *tenantPool) {
 	if p.dense != nil {
+		p.dense.pool.tenants.Add(-1)
 		return
 	}
 	p.account.Close()
@@ -218,11 +223,11 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 	}
 	pins := tn.pins(conn, source)
 	waiters, ceiling := c.Limits.TenantWaiters, c.Limits.TenantConns
-	if p.slot {
+	if p.slot > 0 {
 		conn.DefaultQueryExecMode, conn.StatementCacheCapacity = pgx.QueryExecModeDescribeExec, 0 // a session prepares each tenant's own
 		pins.searchPath = quotedPath(p.want.schemas)
-		waiters, ceiling = math.MaxInt32, 1 // each tenant's are counted
-		cfg.MaxConns = 1
+		waiters, ceiling = math.MaxInt32, p.slot // each tenant's are counted
+		cfg.MaxConns = p.slot
 	}
 	pins.set(conn)
 
@@ -234,7 +239,7 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 		case cfg.ConnConfig != conn:
 			return nil, invalid(errors.New("Config.PoolConfig replaced ConnConfig: set its fields instead"))
 		case cfg.MaxConns < 1 || cfg.MaxConns > ceiling: // more, and the login's CONNECTION LIMIT would refuse them
-			return nil, invalid(fmt.Errorf("Config.PoolConfig set MaxConns to %d: from 1 to %d (Limits.TenantConns; 1 in a shared pool)", cfg.MaxConns, ceiling))
+			return nil, invalid(fmt.Errorf("Config.PoolConfig set MaxConns to %d: from 1 to %d (Limits.TenantConns, or what a group of a shared pool has)", cfg.MaxConns, ceiling))
 		case cfg.HealthCheckPeriod <= 0:
 			return nil, invalid(fmt.Errorf("Config.PoolConfig set HealthCheckPeriod to %v: above 0", cfg.HealthCheckPeriod))
 		}

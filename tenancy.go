@@ -71,19 +71,19 @@ import (
 // Tenancy is the library at work in one process, for one primary. It is made by [Open], is safe
 // for concurrent use, and is ended by [Tenancy.Close] or [Tenancy.Shutdown].
 type Tenancy struct {
-	cfg          Config
-	realm        realm
-	primary      *primaryDB
-	view         *view
-	resolver     TenantResolver
-	managers     map[UserKey]bool
-	refused      *refusedHints
-	feed         *feed
-	migrations   migrations
-	servers      *servers
-	pools        *lease.Table[ID, *tenantPool]
-	slots        *lease.Table[slotKey, *tenantPool] // connections of the pools that tenants share
-	denseSources sync.Map                           // slotKey with n 0 -> denseSource: how they are reached
+	cfg        Config
+	realm      realm
+	primary    *primaryDB
+	view       *view
+	resolver   TenantResolver
+	managers   map[UserKey]bool
+	refused    *refusedHints
+	feed       *feed
+	migrations migrations
+	servers    *servers
+	pools      *lease.Table[ID, *tenantPool]
+	slots      *lease.Table[slotKey, *tenantPool] // connections of the pools that tenants share
+	densePools sync.Map                           // poolKey -> *sharedPool
 
 	poolDefaults *pgxpool.Config // copied for each pool
 
