@@ -155,6 +155,9 @@ func (m *machine) run(rt *rapid.T, statements int64) {
 	for range fewest {
 		m.create(nil, 0, "")
 	}
+	if !m.clean() {
+		return
+	}
 	for i, user := range m.users[:3] { // the fourth belongs to nobody yet
 		m.enrol(m.subjects[i%fewest], i%nodes, user)
 	}
