@@ -625,6 +625,10 @@ func TestAPoolerThatLogsInAsAnotherIsRefusedInASharedSchema(t *testing.T) {
 	other := sourceOf(t, tn, globex.ID)
 	b := newBouncer(t, f, fmt.Sprintf("user=%s password=%s", other.User, other.Password.Reveal()), "auth_type = trust")
 	register(t, f, tn, b.address())
+	other.Pooler = b.address()
+	if err := tn.Catalog().SetDataSource(t.Context(), globex.ID, other); err != nil { // whose way it is, with the settings that a proof wants
+		t.Fatal(err)
+	}
 	d := sourceOf(t, tn, acme.ID)
 	d.Pooler = b.address()
 	wantError(t, tn.Catalog().SetDataSource(t.Context(), acme.ID, d), tenancy.ErrIdentity, "logged in as")
