@@ -665,6 +665,11 @@ func TestTenantsWithADatabaseBehindPgBouncer(t *testing.T) {
 			if got, err := tn.Catalog().TenantByName(t.Context(), c.name); err != nil || got.State != tenancy.StateProvisioning {
 				t.Errorf("it is %+v, %v", got, err)
 			}
+			register(t, f, tn, "")
+			tenancytest.Create(t, tn, c.name) // finished past the pooler
+			if viaPooler(t, f.Open(t, cfg), c.name) {
+				t.Error("its calls go through the pooler, which the server is registered without")
+			}
 		})
 	}
 	t.Run("a_superuser_asks", func(t *testing.T) {
