@@ -144,6 +144,9 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 		return fail(id, ErrTenantExists)
 	}
 	if p.state == "intent" {
+		if err := c.reroute(ctx, p); err != nil {
+			return fail(id, err)
+		}
 		if err := c.make(ctx, p); err != nil {
 			return fail(id, err)
 		}
@@ -302,6 +305,24 @@ func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, id ID, se
 	err = tx.QueryRow(ctx, `INSERT INTO tenancy.data_sources (uid, server, isolation, database, schema, owner, runtime, login, sealed, state, promised)
 		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'intent', coalesce(nullif($10::bigint, 0), `+nextID+`)) RETURNING id`, uid, s.id, isolation, database, d.Schema, owner, runtime, d.User, sealed, id).Scan(&source)
 	return source, err
+}
+
+// reroute gives a place that is not made yet the way that its server is registered with now: the pooler that it was begun with may have never worked.
+func (c *Catalog) reroute(ctx context.Context, p *place) error {
+	d := p.source
+	d.Pooler, d.PoolerTLS = p.pooler, p.poolerTLS
+	if d == p.source {
+		return nil
+	}
+	sealed, err := c.tn.primary.sealSource(p.tenant.UID, "data_source", d)
+	if err != nil {
+		return err
+	}
+	if _, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET sealed = $2, updated = now() WHERE id = $1 AND state = 'intent'`, p.id, sealed); err != nil {
+		return unavailable("reroute", err)
+	}
+	p.source = d
+	return nil
 }
 
 // activate makes the tenant visible, as the last step.

@@ -1,6 +1,7 @@
 package tenancy_test
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -120,15 +121,19 @@ func (b bouncer) sessions(tb testing.TB, login string) int {
 	return scan[int](tb, b.admin, "SELECT count(*) FROM pg_stat_activity WHERE usename = $1", login)
 }
 
-// pooledFleet is a fleet whose tenants' calls go through a PgBouncer, with one node and two tenants.
+// pooledIsolations are those whose tenants are in one database, which PgBouncer is told of once.
+var pooledIsolations = []tenancy.Isolation{tenancy.IsolationSchema, tenancy.IsolationShared}
+
+// pooledFleet is a fleet whose tenants' calls go through a PgBouncer, with one node and two tenants. Unless cfg says otherwise, each has a schema.
 func pooledFleet(t *testing.T, cfg tenancy.Config, database string, settings ...string) (f *tenancytest.Fleet, b bouncer, tn *tenancy.Tenancy, acme, globex tenancy.Tenant) {
 	t.Helper()
 	f = tenancytest.NewFleet(t)
 	b = newBouncer(t, f, database, settings...)
 	cfg.Migrations = noteMigrations
+	cfg.Isolation = cmp.Or(cfg.Isolation, tenancy.IsolationSchema)
 	tn = f.Open(t, cfg)
 	register(t, f, tn, b.address())
-	return f, b, tn, create(t, f, tn, "acme"), create(t, f, tn, "globex")
+	return f, b, tn, createIn(t, tn, "acme", cfg.Isolation), createIn(t, tn, "globex", cfg.Isolation)
 }
 
 func register(t *testing.T, f *tenancytest.Fleet, tn *tenancy.Tenancy, pooler string) {
@@ -179,12 +184,16 @@ func viaPooler(t *testing.T, tn *tenancy.Tenancy, name string) (pooled bool) {
 
 func TestTenantsBehindPgBouncerReadTheirOwnRowsAlone(t *testing.T) {
 	t.Parallel()
-	for _, mode := range []string{"transaction", "session"} {
-		t.Run(mode, func(t *testing.T) {
+	for _, c := range []struct {
+		mode string
+		as   tenancy.Isolation
+	}{{"transaction", tenancy.IsolationSchema}, {"session", tenancy.IsolationSchema}, {"transaction", tenancy.IsolationShared}, {"session", tenancy.IsolationShared}} {
+		t.Run(c.mode+"_"+string(c.as), func(t *testing.T) {
 			t.Parallel()
+			mode := c.mode
 			// In transaction mode four connections of the library's share two sessions. A session has to be left to its client.
 			size := map[string]int{"transaction": 2, "session": 8}[mode]
-			f, b, tn, acme, globex := pooledFleet(t, tenancy.Config{Extensions: true}, "", "pool_mode = "+mode, fmt.Sprintf("default_pool_size = %d", size))
+			f, b, tn, acme, globex := pooledFleet(t, tenancy.Config{Extensions: true, Isolation: c.as}, "", "pool_mode = "+mode, fmt.Sprintf("default_pool_size = %d", size))
 			var work sync.WaitGroup
 			for _, name := range []string{"acme", "globex"} {
 				ctx := tenancytest.Context(t, tn, name)
@@ -201,26 +210,52 @@ func TestTenantsBehindPgBouncerReadTheirOwnRowsAlone(t *testing.T) {
 			}
 			work.Wait()
 			for _, at := range []struct {
-				name string
-				own  placeRow
-				not  placeRow
-			}{{"acme", placeOf(t, f, acme.ID), placeOf(t, f, globex.ID)}, {"globex", placeOf(t, f, globex.ID), placeOf(t, f, acme.ID)}} {
+				name  string
+				own   placeRow
+				notID tenancy.ID
+				not   placeRow
+			}{{"acme", placeOf(t, f, acme.ID), globex.ID, placeOf(t, f, globex.ID)}, {"globex", placeOf(t, f, globex.ID), acme.ID, placeOf(t, f, acme.ID)}} {
 				if !viaPooler(t, tn, at.name) {
 					t.Errorf("%s's calls do not go through PgBouncer: the test shows nothing", at.name)
 				}
 				if n := b.sessions(t, at.own.Login); n < 1 || mode == "transaction" && n > size {
 					t.Errorf("%s has %d sessions", at.name, n)
 				}
-				_, err := tn.DB().Exec(tenancytest.Context(t, tn, at.name), "SELECT * FROM "+at.not.table("notes"))
-				if sqlState(err) != "42501" {
-					t.Errorf("%s reaches for the other one: %v", at.name, err)
-				}
+				wantNoReach(t, tn, at.name, at.notID, at.not)
 				var timeout string
 				if err := tn.DB().QueryRow(tenancytest.Context(t, tn, at.name), "SHOW statement_timeout").Scan(&timeout); err != nil || timeout != "30s" {
 					t.Errorf("%s has the statement_timeout %q, %v", at.name, timeout, err)
 				}
 			}
 		})
+	}
+}
+
+// wantNoReach tries to read and to write what is another tenant's, by its name. In a shared schema its table is the tenant's too.
+func wantNoReach(t *testing.T, tn *tenancy.Tenancy, name string, id tenancy.ID, other placeRow) {
+	t.Helper()
+	ctx := tenancytest.Context(t, tn, name)
+	var schema string
+	if err := tn.DB().QueryRow(ctx, "SELECT current_schema()").Scan(&schema); err != nil {
+		t.Fatal(err)
+	}
+	if schema != other.Schema {
+		if _, err := tn.DB().Exec(ctx, "SELECT * FROM "+other.table("notes")); sqlState(err) != "42501" {
+			t.Errorf("%s reaches for the other one: %v", name, err)
+		}
+		return
+	}
+	for _, sql := range []string{"SELECT 1 FROM notes WHERE tenant <> $1", "UPDATE notes SET title = 'taken' WHERE tenant <> $1", "DELETE FROM notes WHERE tenant <> $1"} {
+		if tag, err := tn.DB().Exec(ctx, sql, name); err != nil || tag.RowsAffected() != 0 {
+			t.Errorf("%s reaches for the other one: %v, %v", name, tag, err)
+		}
+	}
+	_, err := tn.DB().Exec(ctx, "INSERT INTO notes (tenant, title, tenant_id) VALUES ($1, 'given', $2)", name, id)
+	if sqlState(err) != "42501" {
+		t.Errorf("%s writes a row of the other one: %v", name, err)
+	}
+	if _, err := tn.DB().Exec(ctx, "SET ROLE "+other.Login); sqlState(err) != "42501" {
+		t.Errorf("%s becomes the other one: %v", name, err)
 	}
 }
 
@@ -464,8 +499,13 @@ func TestAPoolerThatIsNotTheTenantsOwnWayIsRefused(t *testing.T) {
 
 func TestAFenceHoldsBehindAPooler(t *testing.T) {
 	t.Parallel()
-	cfg := tenancy.Config{Migrations: noteMigrations}
-	f, b, tn, acme, _ := pooledFleet(t, cfg, "", "query_wait_timeout = 1")
+	for _, as := range pooledIsolations {
+		t.Run(string(as), func(t *testing.T) { testFenceBehindAPooler(t, as) })
+	}
+}
+
+func testFenceBehindAPooler(t *testing.T, isolation tenancy.Isolation) {
+	f, b, tn, acme, _ := pooledFleet(t, tenancy.Config{Isolation: isolation}, "", "query_wait_timeout = 1")
 	c, login := tn.Catalog(), placeOf(t, f, acme.ID).Login
 	wantTitles(t, tn, "acme")
 	if b.sessions(t, login) == 0 {
@@ -523,7 +563,13 @@ func errString(err error) string {
 
 func TestRotationsBehindAPoolerFailNoRequest(t *testing.T) {
 	t.Parallel()
-	f, b, tn, acme, _ := pooledFleet(t, tenancy.Config{}, "")
+	for _, as := range pooledIsolations {
+		t.Run(string(as), func(t *testing.T) { testRotationsBehindAPooler(t, as) })
+	}
+}
+
+func testRotationsBehindAPooler(t *testing.T, as tenancy.Isolation) {
+	f, b, tn, acme, _ := pooledFleet(t, tenancy.Config{Isolation: as}, "")
 	stop, began := make(chan struct{}), make(chan struct{})
 	var work sync.WaitGroup
 	var calls atomic.Int64
@@ -565,7 +611,99 @@ func TestRotationsBehindAPoolerFailNoRequest(t *testing.T) {
 	if !viaPooler(t, tn, "acme") {
 		t.Error("after a rotation the calls do not go through PgBouncer any more")
 	}
-	wantOneLogin(t, f, tn, acme.ID, true)
+	if as == tenancy.IsolationSchema { // which its login's name begins with
+		wantOneLogin(t, f, tn, acme.ID, true)
+	}
+}
+
+// TestAPoolerThatLogsInAsAnotherIsRefusedInASharedSchema is the mistake that row-level security cannot see: PgBouncer's sessions are all of one tenant's login.
+func TestAPoolerThatLogsInAsAnotherIsRefusedInASharedSchema(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationShared})
+	acme, globex := createIn(t, tn, "acme", tenancy.IsolationShared), createIn(t, tn, "globex", tenancy.IsolationShared)
+	other := sourceOf(t, tn, globex.ID)
+	b := newBouncer(t, f, fmt.Sprintf("user=%s password=%s", other.User, other.Password.Reveal()), "auth_type = trust")
+	register(t, f, tn, b.address())
+	other.Pooler = b.address()
+	if err := tn.Catalog().SetDataSource(t.Context(), globex.ID, other); err != nil { // whose way it is, with the settings that a proof wants
+		t.Fatal(err)
+	}
+	d := sourceOf(t, tn, acme.ID)
+	d.Pooler = b.address()
+	wantError(t, tn.Catalog().SetDataSource(t.Context(), acme.ID, d), tenancy.ErrIdentity, "logged in as")
+	wantTitles(t, tn, "acme") // which has not moved
+	wantTitles(t, tn, "globex")
+}
+
+// TestTenantsWithADatabaseBehindPgBouncer runs what PgBouncer 1.18 can be told of databases whose names nobody knows before. Whether a client may come in it
+// asks of the client's own database, as its auth_user, and who may connect there are the tenant's own roles alone.
+func TestTenantsWithADatabaseBehindPgBouncer(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	cfg := tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationDatabase}
+	tn := f.Open(t, cfg)
+	u, err := url.Parse(f.AdminURL)
+	if err != nil {
+		t.Fatal("the test server's URL cannot be parsed")
+	}
+	all := fmt.Sprintf("\n* = host=%s port=%s", u.Hostname(), u.Port())
+	for _, c := range []struct{ name, databases, says, logs string }{
+		{"not-listed", "", "SASL authentication failed", "no such user"},
+		{"all-listed", all, "timeout", "permission denied for database"}, // it tries again and again, and the client waits
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := newBouncer(t, f, c.databases)
+			register(t, f, tn, b.address())
+			made, err := tn.Catalog().Create(t.Context(), tenancy.NewTenant{Name: c.name})
+			if err == nil || !strings.Contains(err.Error(), c.says) {
+				t.Errorf("made %v: %v, want %q", made, err, c.says)
+			}
+			if log, err := b.Log(); err != nil || !strings.Contains(log, c.logs) {
+				t.Errorf("%v; PgBouncer does not log %q:\n%s", err, c.logs, log)
+			}
+			if got, err := tn.Catalog().TenantByName(t.Context(), c.name); err != nil || got.State != tenancy.StateProvisioning {
+				t.Errorf("it is %+v, %v", got, err)
+			}
+			register(t, f, tn, "")
+			tenancytest.Create(t, tn, c.name) // finished past the pooler
+			if viaPooler(t, f.Open(t, cfg), c.name) {
+				t.Error("its calls go through the pooler, which the server is registered without")
+			}
+		})
+	}
+	t.Run("a_superuser_asks", func(t *testing.T) {
+		b := newBouncer(t, f, all, "server_idle_timeout = 1", "auth_query = SELECT rolname, rolpassword FROM pg_authid WHERE rolname = $1 AND rolcanlogin AND NOT rolsuper AND rolname ~ '^t_[0-9a-f]{20}_l[0-9]+$'")
+		must(t, b.admin, "ALTER ROLE "+b.database+"_pgbouncer SUPERUSER")
+		register(t, f, tn, b.address())
+		acme, globex := createIn(t, tn, "acme", tenancy.IsolationDatabase), createIn(t, tn, "globex", tenancy.IsolationDatabase)
+		for _, at := range []struct {
+			name string
+			own  tenancy.ID
+		}{{"acme", acme.ID}, {"globex", globex.ID}} {
+			wantTitles(t, tn, at.name)
+			if !viaPooler(t, tn, at.name) {
+				t.Errorf("%s's calls do not go through PgBouncer: the test shows nothing", at.name)
+			}
+			for i := range 8 {
+				if err := reads(tenancytest.Context(t, tn, at.name), tn, at.name, i); err != nil {
+					t.Errorf("%s: %v", at.name, err)
+				}
+			}
+			if err := tn.Catalog().RotatePassword(t.Context(), at.own); err != nil {
+				t.Error(err)
+			}
+			wantTitles(t, tn, at.name)
+		}
+		// Its own sessions in a tenant's database are in the way of Purge, until they have been idle for server_idle_timeout.
+		if err := tn.Catalog().Delete(t.Context(), acme.ID); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tn.Catalog().Purge(t.Context(), acme.ID, "acme"); err != nil {
+			t.Error(err)
+		}
+		wantTitles(t, tn, "globex")
+	})
 }
 
 func TestAFleetIsMovedBehindAPoolerAndBack(t *testing.T) {

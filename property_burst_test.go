@@ -372,7 +372,24 @@ func (c *call) dirty() {
 	theirs := other.current()
 	err := c.db.WithConn(c.ctx, func(ctx context.Context, conn *pgx.Conn) error {
 		schema := pgx.Identifier{theirs.schema}.Sanitize()
-		c.reach(ctx, conn, theirs)
+		c.reach(ctx, conn, other, theirs)
+		if c.who.shared { // without temporary tables
+			_, err := conn.Exec(ctx, `CREATE TEMP TABLE notes (id bigint, tenant text, title text)`)
+			c.mustRefuse("a temporary table in a session of shared tables", err)
+			_, err = conn.Exec(ctx, `SET search_path TO `+schema)
+			c.counted(1, err)
+			if err != nil || !other.shared {
+				return err
+			}
+			var marker string
+			if err := conn.QueryRow(ctx, `SELECT tenant::text FROM tenancy_marker`).Scan(&marker); err != nil {
+				return err
+			}
+			if marker != c.who.uid {
+				c.a.found(foreignConn, "%s reads the marker %s", c.who.name, marker)
+			}
+			return nil
+		}
 		for _, sql := range []string{
 			`CREATE TEMP TABLE notes (id bigint, tenant text, title text)`,
 			fmt.Sprintf(`INSERT INTO pg_temp.notes VALUES (1, '%s', 'left behind')`, other.name),
@@ -394,14 +411,29 @@ func (c *call) dirty() {
 }
 
 // reach tries the ways into another tenant that a session has.
-func (c *call) reach(ctx context.Context, conn *pgx.Conn, theirs stay) {
+func (c *call) reach(ctx context.Context, conn *pgx.Conn, other *subject, theirs stay) {
 	schema := pgx.Identifier{theirs.schema}.Sanitize()
-	for _, sql := range []string{
+	refused := []string{
 		`SET ROLE ` + pgx.Identifier{theirs.login}.Sanitize(),
 		`SET ROLE ` + pgx.Identifier{theirs.schema + "_o"}.Sanitize(),
-		`SELECT tenant FROM ` + schema + `.notes`,
-		`INSERT INTO ` + schema + `.notes (tenant, title) VALUES ('intruder', 'intruder')`,
-	} {
+	}
+	if c.who.shared && other.shared { // one table: what it is asked for is answered with the caller's own rows
+		refused = append(refused, fmt.Sprintf(`INSERT INTO notes (tenant, title, tenant_id) VALUES ('intruder', 'intruder', %d)`, other.id))
+		for _, sql := range []string{
+			`SELECT tenant FROM notes WHERE tenant = $1 OR tenant_id = $2`,
+			`UPDATE notes SET title = 'intruder' WHERE tenant = $1 OR tenant_id = $2`,
+			`DELETE FROM notes WHERE tenant = $1 OR tenant_id = $2`,
+		} {
+			tag, err := conn.Exec(ctx, sql, other.name, other.id)
+			c.counted(1, err)
+			if tag.RowsAffected() > 0 {
+				c.a.found(foreignRow, "%s: %d rows of %s for %s on node %d", sql, tag.RowsAffected(), other.name, c.who.name, c.node)
+			}
+		}
+	} else {
+		refused = append(refused, `SELECT tenant FROM `+schema+`.notes`, `INSERT INTO `+schema+`.notes (tenant, title) VALUES ('intruder', 'intruder')`)
+	}
+	for _, sql := range refused {
 		_, err := conn.Exec(ctx, sql)
 		c.mustRefuse(sql, err)
 	}

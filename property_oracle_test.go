@@ -30,7 +30,7 @@ func (s span) touches(start, end time.Time) bool {
 	return end.After(s.from) && (s.to.IsZero() || start.Before(s.to))
 }
 
-// stay is one place of a tenant, from the call that moved it there until each node has to have left.
+// stay is one place of a tenant, from the call that moved it there until each node has to have left. With shared tables the schema is also others'.
 type stay struct {
 	schema, login string
 	from          time.Time
@@ -52,9 +52,10 @@ type membership struct {
 
 // subject is a tenant as the test knows it.
 type subject struct {
-	name string
-	id   tenancy.ID
-	uid  string
+	name   string
+	id     tenancy.ID
+	uid    string
+	shared bool // for its whole life: its rows are in one schema with others'
 
 	verb sync.Mutex // one verb of its life at a time
 
@@ -249,9 +250,9 @@ func (l *ledger) audit(tb testing.TB, admin *pgx.Conn, subjects []*subject) {
 	tb.Helper()
 	present := map[string]int{}
 	for schema, rows := range tablesOfNotes(tb, admin) {
-		owner, place := ownerOf(subjects, schema)
 		for _, r := range rows {
 			present[r.title]++
+			owner, place := ownerOf(subjects, schema, r.of)
 			l.judge(r, schema, owner, place)
 		}
 	}
@@ -273,10 +274,10 @@ func (l *ledger) audit(tb testing.TB, admin *pgx.Conn, subjects []*subject) {
 	}
 }
 
-// judge looks at one row of a tenant's place.
+// judge looks at one row of a tenant's place. owner is whose row the database takes it for.
 func (l *ledger) judge(r noteRow, schema string, owner *subject, place *stay) {
 	if owner == nil {
-		l.found(foreignPlace, "%s of %s lies in schema %s, which is nobody's", r.title, r.tenant, schema)
+		l.found(foreignPlace, "%s of %s lies in schema %s as tenant %d's, and nobody's place is there", r.title, r.tenant, schema, r.of)
 		return
 	}
 	l.mu.Lock()
@@ -301,8 +302,12 @@ func (l *ledger) judge(r noteRow, schema string, owner *subject, place *stay) {
 	}
 }
 
-func ownerOf(subjects []*subject, schema string) (*subject, *stay) {
+// ownerOf returns whose place holds a row: with a schema for each the schema says so, with shared tables the row's own tenant_id.
+func ownerOf(subjects []*subject, schema string, id tenancy.ID) (*subject, *stay) {
 	for _, s := range subjects {
+		if s.shared && s.id != id {
+			continue
+		}
 		s.mu.Lock()
 		for i := range s.stays {
 			if s.stays[i].schema == schema {
@@ -315,7 +320,11 @@ func ownerOf(subjects []*subject, schema string) (*subject, *stay) {
 	return nil, nil
 }
 
-type noteRow struct{ tenant, title string }
+// noteRow is a row of notes: who wrote it, and in shared tables whose it is by its tenant_id.
+type noteRow struct {
+	tenant, title string
+	of            tenancy.ID // 0: the table has no such column
+}
 
 // tablesOfNotes returns the rows of every table called notes of a fleet, whoever's it is, by schema: in the tenants' database, and in those of one tenant each.
 func tablesOfNotes(tb testing.TB, admin *pgx.Conn) map[string][]noteRow {
@@ -362,12 +371,12 @@ func notesIn(tb testing.TB, admin *pgx.Conn) map[string][]noteRow {
 	}
 	parts := make([]string, len(schemas))
 	for i, s := range schemas {
-		parts[i] = fmt.Sprintf(`SELECT '%s', tenant, title FROM %s`, s, pgx.Identifier{s, "notes"}.Sanitize())
+		parts[i] = fmt.Sprintf(`SELECT '%s', tenant, title, coalesce((to_jsonb(n)->>'tenant_id')::bigint, 0) FROM %s n`, s, pgx.Identifier{s, "notes"}.Sanitize())
 	}
 	rows, _ = admin.Query(ctx, strings.Join(parts, " UNION ALL "), pgx.QueryExecModeExec)
 	var schema string
 	var r noteRow
-	if _, err := pgx.ForEachRow(rows, []any{&schema, &r.tenant, &r.title}, func() error {
+	if _, err := pgx.ForEachRow(rows, []any{&schema, &r.tenant, &r.title, &r.of}, func() error {
 		found[schema] = append(found[schema], r)
 		return nil
 	}); err != nil {

@@ -23,7 +23,8 @@ import (
 )
 
 // TestNothingCrosses drives up to six tenants on two nodes through their lives while eight
-// goroutines work in all of them, and checks after each burst, past the library, that every row is where it belongs.
+// goroutines work in all of them, and checks after each burst, past the library, that every row is where it belongs. There are tenants of all
+// isolations at once: two at least with shared tables, and one with a schema and a database each.
 //
 // By default the server answers at least 6,000 statements, with TENANCY_LONG=1 at least 100,000; the
 // refused ones come on top. Seeds are fixed, and
@@ -68,7 +69,7 @@ func setFlag(t *testing.T, name, value string) {
 }
 
 const (
-	fewest, most = 2, 6            // tenants
+	fewest, most = 4, 6            // tenants
 	heard        = 2 * time.Second // by when the other node knows, also without its notification
 	idle         = time.Second     // after which a tenant loses its pool
 )
@@ -153,6 +154,9 @@ func (m *machine) config(node int) tenancy.Config {
 func (m *machine) run(rt *rapid.T, statements int64) {
 	for range fewest {
 		m.create(nil, 0, "")
+	}
+	if !m.clean() {
+		return
 	}
 	for i, user := range m.users[:3] { // the fourth belongs to nobody yet
 		m.enrol(m.subjects[i%fewest], i%nodes, user)

@@ -18,9 +18,9 @@ func (m *machine) create(_ *subject, node int, _ tenancy.UserKey) {
 	if number > most {
 		return
 	}
-	s := &subject{name: fmt.Sprintf("tenant-%d", number), members: map[tenancy.UserKey][]membership{}}
+	as := []tenancy.Isolation{tenancy.IsolationShared, tenancy.IsolationSchema, tenancy.IsolationDatabase}[(number-1)%3]
+	s := &subject{name: fmt.Sprintf("tenant-%d", number), shared: as == tenancy.IsolationShared, members: map[tenancy.UserKey][]membership{}}
 	from, catalog := time.Now(), m.nodes[node].Catalog()
-	as := []tenancy.Isolation{tenancy.IsolationSchema, tenancy.IsolationDatabase}[number%2]
 	t, err := catalog.Create(context.Background(), tenancy.NewTenant{Name: s.name, Isolation: as})
 	if err != nil {
 		m.found(failed, "create %s: %v", s.name, err)
@@ -132,6 +132,12 @@ func (m *machine) move(s *subject, node int, _ tenancy.UserKey) {
 		as = tenancy.IsolationSchema
 	}
 	place, err := catalog.Prepare(context.Background(), s.id, "", as)
+	if s.shared {
+		if !errors.Is(err, tenancy.ErrInvalid) {
+			m.found(unguarded, "a place of its own was prepared for %s, whose rows are in shared tables: %v", s.name, err)
+		}
+		return
+	}
 	if err != nil {
 		m.found(failed, "prepare for %s: %v", s.name, err)
 		return

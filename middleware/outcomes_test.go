@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -191,9 +190,6 @@ func rowsOf(t *testing.T, acme string) (rows []outcomeRow) {
 // TestOutcomesFollowTheRules sends every row of outcomes, and in each state of acme every combination of claim, header, domain, cookie and user.
 func TestOutcomesFollowTheRules(t *testing.T) {
 	t.Parallel()
-	if os.Getenv("TENANCY_TEST_ISOLATION") == string(tenancy.IsolationShared) {
-		t.Skip("acme is left unfinished by a migration that fails, and in a shared schema another tenant's Create has run it")
-	}
 	s := newOutcomeService(t)
 	rows := 0
 	for _, state := range []string{"provisioning", "active", "elsewhere", "suspended", "maintenance", "deleted", "purged"} {
@@ -332,12 +328,13 @@ func newOutcomeService(t *testing.T) *outcomeService {
 	s.here, s.elsewhere = s.serve(t, s.tn), s.serve(t, s.other)
 	s.now = s.here
 
+	// First: in a shared schema a migration that another tenant's Create has run is run.
+	if _, err := s.other.Catalog().Create(t.Context(), newAcme); err == nil {
+		t.Fatal("the migration did not fail")
+	}
 	globex, err := s.tn.Catalog().Create(t.Context(), tenancy.NewTenant{Name: "globex", Admin: "bob", Domains: []string{"globex.test"}})
 	if err != nil {
 		t.Fatal(err)
-	}
-	if _, err := s.other.Catalog().Create(t.Context(), newAcme); err == nil {
-		t.Fatal("the migration did not fail")
 	}
 	acme, err := s.tn.Catalog().TenantByName(t.Context(), "acme")
 	if err != nil {

@@ -25,13 +25,14 @@ type Fleet struct {
 
 	prefix     string
 	extensions []string
+	pooler     string // host:port; "": none
 }
 
 // NewFleet makes a fleet that is dropped when the test ends. extensions are created in tenancy_ext.
 func NewFleet(tb testing.TB, extensions ...string) *Fleet {
 	tb.Helper()
 	s := start(tb)
-	f := &Fleet{AdminURL: s.URL(), prefix: "t" + random(6), extensions: extensions}
+	f := &Fleet{AdminURL: s.URL(), prefix: "t" + random(6), extensions: extensions, pooler: pooler(tb)}
 	f.PrimaryURL, f.ServerURL = f.url(tb, "catalog", "primary"), f.url(tb, "provisioner", "tenants")
 	var err error
 	if f.KeyText, err = tenancy.NewKey("test"); err != nil {
@@ -51,7 +52,7 @@ func NewFleet(tb testing.TB, extensions ...string) *Fleet {
 
 // AdminConfig is what Init was called with.
 func (f *Fleet) AdminConfig(extensions ...string) tenancy.AdminConfig {
-	return tenancy.AdminConfig{AdminURL: f.AdminURL, PrimaryURL: f.PrimaryURL, Server: tenancy.ServerConfig{URL: f.ServerURL}, Keys: f.Keys, Extensions: extensions}
+	return tenancy.AdminConfig{AdminURL: f.AdminURL, PrimaryURL: f.PrimaryURL, Server: tenancy.ServerConfig{URL: f.ServerURL, Pooler: f.pooler}, Keys: f.Keys, Extensions: extensions}
 }
 
 // AllowDatabases has the fleet's server make tenants with a database of their own, as Open does by itself where cfg.Isolation is [tenancy.IsolationDatabase].

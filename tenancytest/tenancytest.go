@@ -15,7 +15,8 @@
 // binaries where there are none. A running server is never used uninvited.
 //
 // TENANCY_TEST_ISOLATION=database runs the tests with a database for each tenant, where their Config.Isolation says nothing, and
-// TENANCY_TEST_ISOLATION=shared with all tenants in one schema. TENANCY_TEST_DENSE=true has the tenants share a pool.
+// TENANCY_TEST_ISOLATION=shared with all tenants in one schema. TENANCY_TEST_DENSE=true has the tenants share a pool. TENANCY_TEST_POOLER=1 sends the tenants' calls
+// through a PgBouncer in transaction mode, which is started from the machine's.
 package tenancytest
 
 import (
@@ -35,6 +36,7 @@ import (
 var server struct {
 	sync.Mutex
 	*pgembed.Server
+	pooler *pgembed.Bouncer // nil: nobody has asked for one
 }
 
 // Main runs the tests and stops the server, if they started one, and exits. m is the *testing.M, or what wraps it.
@@ -53,7 +55,11 @@ func stop() error {
 	if server.Server == nil {
 		return nil
 	}
-	return server.Stop()
+	var err error
+	if server.pooler != nil {
+		err = server.pooler.Stop()
+	}
+	return errors.Join(err, server.Stop())
 }
 
 // start returns the server. A failed start is tried again by the next test.

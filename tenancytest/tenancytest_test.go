@@ -7,6 +7,7 @@ import (
 	"os"
 	"testing"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy"
 	"github.com/msmt-go/tenancy/tenancytest"
 )
@@ -24,17 +25,31 @@ func TestMain(m *testing.M) {
 // TestAServiceIsTested is what a user's first test looks like.
 func TestAServiceIsTested(t *testing.T) {
 	for _, isolation := range []tenancy.Isolation{tenancy.IsolationSchema, tenancy.IsolationDatabase, tenancy.IsolationShared} {
-		t.Run(string(isolation), func(t *testing.T) {
-			t.Setenv("TENANCY_TEST_ISOLATION", string(isolation)) // as a user sets it for all tests of the service
-			aService(t, isolation)
-		})
+		for name, pooler := range map[string]string{string(isolation): "", string(isolation) + "_behind_a_pooler": "1"} {
+			t.Run(name, func(t *testing.T) {
+				t.Setenv("TENANCY_TEST_ISOLATION", string(isolation)) // as a user sets them for all tests of the service
+				t.Setenv("TENANCY_TEST_POOLER", pooler)
+				aService(t, isolation, pooler == "1")
+			})
+		}
 	}
 }
 
-func aService(t *testing.T, isolation tenancy.Isolation) {
+func aService(t *testing.T, isolation tenancy.Isolation, pooled bool) {
 	tn := tenancytest.Open(t, tenancy.Config{Migrations: os.DirFS("../testdata/migrations")})
 	if made := tenancytest.Create(t, tn, "acme"); made.Isolation != isolation {
 		t.Errorf("made %+v, want isolation %s", made, isolation)
+	}
+	err := tn.DB().InTx(tenancytest.Context(t, tn, "acme"), pgx.TxOptions{}, func(ctx context.Context, tx pgx.Tx) error {
+		var pid uint32
+		err := tx.QueryRow(ctx, `SELECT pg_backend_pid()`).Scan(&pid)
+		if other := pid != tx.Conn().PgConn().PID(); other != pooled {
+			t.Errorf("another backend than the one that was dialled: %t, want %t", other, pooled)
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
 	}
 	tenancytest.NoCrossing(t, tn, func(ctx context.Context) error {
 		tenant, err := tenancy.TenantFrom(ctx)

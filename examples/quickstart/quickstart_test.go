@@ -78,9 +78,13 @@ func start(t *testing.T, env []string, args ...string) *program {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.cmd.Process.Kill(); p.cmd.Wait() })
+	last := "TENANCY_KEYS=" // a given server's are not printed
+	if slices.Contains(args, "-database") {
+		last = "psql "
+	}
 	for s := bufio.NewScanner(out); s.Scan(); {
 		p.lines = append(p.lines, s.Text())
-		if strings.Contains(s.Text(), "psql ") {
+		if strings.Contains(s.Text(), last) {
 			go io.Copy(io.Discard, out)
 			return p
 		}
@@ -88,6 +92,66 @@ func start(t *testing.T, env []string, args ...string) *program {
 	p.cmd.Wait()
 	t.Fatalf("the program ended: %s", p.stderr)
 	return nil
+}
+
+// adminURL is the administrator's, of the tenants' database, as it is printed.
+func (p *program) adminURL() string {
+	return regexp.MustCompile(`postgres://[^']+`).FindString(p.lines[slices.IndexFunc(p.lines, func(l string) bool { return strings.Contains(l, "psql ") })])
+}
+
+func (p *program) primaryURL() string {
+	return strings.Replace(p.adminURL(), "/quickstart_tenants", "/quickstart_primary", 1)
+}
+
+// throughPooler has the program's calls go through a PgBouncer, with TENANCY_TEST_POOLER=1. The program does not know, and need not: what an operator
+// does is done beside it.
+func (p *program) throughPooler(t *testing.T) {
+	t.Helper()
+	if os.Getenv("TENANCY_TEST_POOLER") != "1" {
+		return
+	}
+	bouncer, err := pgembed.StartBouncerBefore(t.Context(), p.adminURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := bouncer.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	conn, err := pgx.Connect(t.Context(), p.primaryURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	if _, err := conn.Exec(t.Context(), `UPDATE tenancy.servers SET pooler = $1, pooler_tls = 'disable'`, fmt.Sprintf("127.0.0.1:%d", bouncer.Port())); err != nil { // as AddServer does
+		t.Fatal(err)
+	}
+	last := p.lines[len(p.lines)-1]
+	keys, err := tenancy.ParseKeyring(regexp.MustCompile(`TENANCY_KEYS='([^']+)'`).FindStringSubmatch(last)[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	tn, err := tenancy.Open(t.Context(), tenancy.Config{PrimaryURL: regexp.MustCompile(`postgres://[^']+`).FindString(last), Keys: keys})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tn.Close()
+	for _, name := range []string{"acme", "globex"} {
+		tenant, err := tn.Catalog().TenantByName(t.Context(), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := tn.Catalog().RotatePassword(t.Context(), tenant.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() { // before it is stopped
+		log, err := bouncer.Log()
+		if n := len(regexp.MustCompile(`_l2@\S+ login attempt`).FindAllString(log, -1)); err != nil || n < 4 { // two of them are the proofs of new logins
+			t.Errorf("the program's calls did not go through PgBouncer, which has %d logins: %v\n%s", n, err, log)
+		}
+	})
 }
 
 func freeAddress(t *testing.T) string {
@@ -154,6 +218,7 @@ var isolations = []string{"schema", "database", "shared"}
 
 func testContract(t *testing.T, isolation string) {
 	p := start(t, nil, "-isolation", isolation)
+	p.throughPooler(t)
 	const alice, bob = "alice@acme.test", "bob@globex.test"
 	ofGlobex := firstOfGlobex(isolation)
 
@@ -219,6 +284,7 @@ func TestWhatARequestSaysOfItsTenant(t *testing.T) {
 
 func testWhatARequestSays(t *testing.T, isolation string) {
 	p := start(t, nil, "-isolation", isolation)
+	p.throughPooler(t)
 	const alice, bob, carol, mallory = "alice@acme.test", "bob@globex.test", "carol@both.test", "mallory@nowhere.test"
 	const ofAcme = `[{"id":1,"title":"of acme"}]`
 	ofGlobex := "[" + firstOfGlobex(isolation) + "]"
@@ -298,8 +364,7 @@ func (p *program) ask(t *testing.T, path, user string, headers ...string) answer
 // wantRefused looks into the audit trail of the primary, which is written behind the answer.
 func (p *program) wantRefused(t *testing.T, want ...string) {
 	t.Helper()
-	url := strings.Replace(regexp.MustCompile(`postgres://[^']+`).FindString(p.lines[slices.IndexFunc(p.lines, func(l string) bool { return strings.Contains(l, "psql ") })]), "/quickstart_tenants", "/quickstart_primary", 1)
-	conn, err := pgx.Connect(t.Context(), url)
+	conn, err := pgx.Connect(t.Context(), p.primaryURL())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -346,8 +411,7 @@ func TestNothingIsLeftBehind(t *testing.T) {
 // server asks the throw-away server itself where it lives, on the way that the printed psql line names.
 func (p *program) server(t *testing.T) (postmaster int, folder string) {
 	t.Helper()
-	url := regexp.MustCompile(`postgres://[^']+`).FindString(p.lines[len(p.lines)-1])
-	conn, err := pgx.Connect(t.Context(), url)
+	conn, err := pgx.Connect(t.Context(), p.adminURL())
 	if err != nil {
 		t.Fatal(err)
 	}
