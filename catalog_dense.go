@@ -332,27 +332,26 @@ func closeDense(ctx context.Context, conn *pgx.Conn, p *place, drain time.Durati
 	if err := conn.QueryRow(ctx, `SELECT count(*) = 2 FROM pg_roles WHERE rolname IN ($1, $2)`, p.denseRole, p.denseLogin).Scan(&there); err != nil || !there {
 		return err
 	}
+	var closing time.Time
+	if err := conn.QueryRow(ctx, `SELECT clock_timestamp()`).Scan(&closing); err != nil {
+		return err
+	}
+	if err := drainDense(ctx, conn, p, closing, drain); err != nil {
+		return err
+	}
 	role := ident.Quote(p.denseRole)
-	closed, err := revoke(ctx, conn, role, ident.Quote(p.denseLogin))
-	if err != nil {
+	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + ident.Quote(p.runtime) + " FROM " + role}); err != nil {
 		return err
 	}
 	// A transaction that reads on a table that it has read before asks for its rights anew, but may not have heard of the change.
-	if err := drainDense(ctx, conn, p, closed, drain); err != nil {
+	if err := conn.QueryRow(ctx, `SELECT clock_timestamp()`).Scan(&closing); err != nil {
 		return err
 	}
-	if closed, err = revoke(ctx, conn, ident.Quote(p.runtime), role); err != nil {
+	if err := endDense(ctx, conn, p, closing); err != nil {
 		return err
 	}
-	return endDense(ctx, conn, p, closed)
-}
-
-// revoke takes a role from another one and returns when that was so: a transaction that begins afterwards knows.
-func revoke(ctx context.Context, conn *pgx.Conn, role, from string) (at time.Time, err error) {
-	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + role + " FROM " + from}); err != nil {
-		return at, err
-	}
-	return at, conn.QueryRow(ctx, `SELECT clock_timestamp()`).Scan(&at)
+	// Last: to the policies of a shared schema a session of a login that may not take the role is nobody's, and what is running would find no rows and hear of no error.
+	return execAll(ctx, conn, "fence", []string{"REVOKE " + role + " FROM " + ident.Quote(p.denseLogin)})
 }
 
 // ofDense are the sessions of the shared pool in a statement or a transaction of the role's, and those of nobody's that could be told which began
