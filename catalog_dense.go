@@ -385,23 +385,22 @@ func closeDense(ctx context.Context, conn *pgx.Conn, p *place, wait inUse, drain
 	if err != nil {
 		return err
 	}
-	logins = append(logins, p.denseLogin)                                                   // a fence that died has taken the role from it
-	steps := []string{"REVOKE " + ident.Quote(p.denseRole) + " FROM " + quotedPath(logins)} // no session takes it any more
-	steps = append(steps, "REVOKE "+ident.Quote(p.runtime)+" FROM "+ident.Quote(p.denseRole))
+	logins = append(logins, p.denseLogin) // a fence that died has taken the role from it
 	quiet := leavingQuiet
-	if wait == atWork { // who comes now is to be refused
-		if err := execAll(ctx, conn, "fence", steps[:1]); err != nil {
-			return err
-		}
+	if wait == atWork { // who comes now is refused
 		quiet = quietLooks * drainLook
 	}
 	if err := drainDense(ctx, conn, p, logins, quiet, drain); err != nil {
 		return err
 	}
-	if err := execAll(ctx, conn, "fence", steps); err != nil {
+	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + ident.Quote(p.runtime) + " FROM " + ident.Quote(p.denseRole)}); err != nil {
 		return err
 	}
-	return endDense(ctx, conn, p, logins)
+	if err := endDense(ctx, conn, p, logins); err != nil {
+		return err
+	}
+	// Last: to the policies of a shared schema a session of a login that may not take the role is nobody's, and what is running would find no rows and hear of no error.
+	return execAll(ctx, conn, "fence", []string{"REVOKE " + ident.Quote(p.denseRole) + " FROM " + quotedPath(logins)})
 }
 
 const drainLook = 10 * time.Millisecond
@@ -409,13 +408,24 @@ const drainLook = 10 * time.Millisecond
 // denseMarked tells the role's sessions from those of others that share the pool, by the text of their last statement: see denseMark.
 func (p *place) denseMarked() string { return "/* " + p.denseRole + " " }
 
+// denseOwn is true of a session a that is the role's by its mark $2, by its name $3 when it was lent, or by the table in schema $4 that it copies into: a COPY is pgx's own
+// text. denseTold is true of one that says whose it is.
+const (
+	denseOwn  = `(starts_with(a.query, $2) OR a.application_name = $3 OR a.pid IN (SELECT c.pid FROM pg_stat_progress_copy c JOIN pg_class k ON k.oid = c.relid WHERE k.relnamespace = to_regnamespace($4)))`
+	denseTold = `(starts_with(a.query, '/* t_') OR starts_with(a.application_name, 't_') OR a.pid IN (SELECT c.pid FROM pg_stat_progress_copy c WHERE c.relid <> 0))`
+)
+
+func (p *place) denseWho(logins []string) []any {
+	return []any{logins, p.denseMarked(), p.denseRole, ident.Quote(p.source.Schema)}
+}
+
 // drainDense waits until nothing has been at work for the role for some time.
 func drainDense(ctx context.Context, conn *pgx.Conn, p *place, logins []string, quiet, drain time.Duration) error {
 	now := time.Now()
 	for end, since := now.Add(drain), now; now.Before(end); now = time.Now() {
 		var busy int
-		if err := conn.QueryRow(ctx, `SELECT count(*) FROM pg_stat_activity WHERE usename = ANY($1) AND (state <> 'idle' AND starts_with(query, $2) OR application_name = $3)`,
-			logins, p.denseMarked(), p.denseRole).Scan(&busy); err != nil {
+		if err := conn.QueryRow(ctx, `SELECT count(*) FROM pg_stat_activity a WHERE usename = ANY($1) AND (state <> 'idle' OR application_name = $3) AND `+denseOwn,
+			p.denseWho(logins)...).Scan(&busy); err != nil {
 			return fmt.Errorf("drain: %w", err)
 		}
 		if busy > 0 {
@@ -450,8 +460,8 @@ func endDense(ctx context.Context, conn *pgx.Conn, p *place, logins []string) er
 	}
 	others := map[transaction]bool{}
 	for patience := time.Now().Add(untoldPatience); ; {
-		rows, _ := conn.Query(ctx, `SELECT pid, coalesce(xact_start, backend_start), starts_with(query, $3) OR application_name = $4, starts_with(query, '/* t_') OR starts_with(application_name, 't_') FROM pg_stat_activity WHERE usename = ANY($1) AND (xact_start <= $2 OR application_name = $4)`,
-			logins, since, p.denseMarked(), p.denseRole)
+		rows, _ := conn.Query(ctx, `SELECT pid, coalesce(xact_start, backend_start), `+denseOwn+`, `+denseTold+`
+			FROM pg_stat_activity a WHERE usename = ANY($1) AND (xact_start <= $5 OR application_name = $3)`, append(p.denseWho(logins), since)...)
 		var x transaction
 		var own, told bool
 		var end []int32 // processes
