@@ -155,7 +155,7 @@ type Limits struct {
 	// tenant uses TenantConns of them at most. Default: 8. At most 1,000.
 	DenseConns int32
 	// DenseTenants is how many tenants a connection of a shared pool serves before it is replaced, because PostgreSQL keeps some 0.25 MB in a session for each
-	// tenant with a dozen tables. Default: 200.
+	// tenant with a dozen tables. Default: 400.
 	DenseTenants int
 	// TenantIdle is how long an unused tenant keeps its pool. Default: 1 min.
 	TenantIdle time.Duration
@@ -261,7 +261,7 @@ func (c Config) withDefaults() Config {
 	def(&c.Limits.TenantWaiters, 100)
 	def(&c.Limits.PrimaryConns, 8)
 	def(&c.Limits.DenseConns, 8)
-	def(&c.Limits.DenseTenants, 200)
+	def(&c.Limits.DenseTenants, 400)
 	def(&c.Limits.TenantIdle, time.Minute)
 	def(&c.Limits.ConnIdle, time.Minute)
 	def(&c.Limits.AcquireTimeout, 10*time.Second)
