@@ -217,7 +217,10 @@ func (c *Catalog) openDense(ctx context.Context, conn *pgx.Conn, p *place) error
 		return err
 	}
 	p.denseLogin = l.source.User
-	return c.giveDense(ctx, conn, p)
+	if err := c.giveDense(ctx, conn, p); err != nil {
+		return err
+	}
+	return giveObjects(ctx, conn, p.source.User, p.denseRole)
 }
 
 // giveDense gives the place's role its rights, and the pool's login the role. The lock of the server's pools is held.
@@ -400,7 +403,10 @@ func closeDense(ctx context.Context, conn *pgx.Conn, p *place, wait inUse, drain
 		return err
 	}
 	// Last: to the policies of a shared schema a session of a login that may not take the role is nobody's, and what is running would find no rows and hear of no error.
-	return execAll(ctx, conn, "fence", []string{"REVOKE " + ident.Quote(p.denseRole) + " FROM " + quotedPath(logins)})
+	if err := execAll(ctx, conn, "fence", []string{"REVOKE " + ident.Quote(p.denseRole) + " FROM " + quotedPath(logins)}); err != nil {
+		return err
+	}
+	return giveObjects(ctx, conn, p.denseRole, p.source.User) // large objects ask for no right in the schema
 }
 
 const drainLook = 10 * time.Millisecond

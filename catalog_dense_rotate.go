@@ -74,6 +74,7 @@ func (c *Catalog) lockDense(ctx context.Context, p *place) (held context.Context
 type poolLogin struct {
 	denseSource
 	next       DataSource // "" as its user: none
+	nextLogin  string     // "": none
 	nextSealed []byte
 	old        string // "": none
 	at         place  // for its server's provisioner
@@ -84,9 +85,9 @@ func (c *Catalog) denseLogin(ctx context.Context, server int64, isolation Isolat
 	db := c.tn.primary
 	l := poolLogin{denseSource: denseSource{server: server, isolation: isolation}}
 	var sealed, provisioner []byte
-	err := db.pool.QueryRow(ctx, `SELECT l.generation, l.sealed, l.next_sealed, l.old_login, s.provisioner
+	err := db.pool.QueryRow(ctx, `SELECT l.generation, l.sealed, l.next_login, l.next_sealed, l.old_login, s.provisioner
 		FROM tenancy.dense_logins l JOIN tenancy.servers s ON s.id = l.server WHERE l.server = $1 AND l.isolation = $2`, server, isolation).
-		Scan(&l.generation, &sealed, &l.nextSealed, &l.old, &provisioner)
+		Scan(&l.generation, &sealed, &l.nextLogin, &l.nextSealed, &l.old, &provisioner)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, err
 	} else if err != nil {
@@ -144,7 +145,8 @@ func (c *Catalog) intendNextDense(ctx context.Context, l *poolLogin) error {
 		return err
 	}
 	l.next = l.source
-	l.next.User, l.next.Password = ident.NewPlace()+"_d", Secret(password)
+	def(&l.nextLogin, ident.NewPlace()+"_d") // one that may be made already is taken again, with another password
+	l.next.User, l.next.Password = l.nextLogin, Secret(password)
 	if l.nextSealed, err = db.sealSource(UID(db.realm.Value()), "dense_login", l.next); err != nil {
 		return err
 	}
@@ -200,7 +202,7 @@ func (c *Catalog) takeNextDense(ctx context.Context, l *poolLogin) error {
 	if err != nil {
 		return refusal(opRotateDense, err)
 	}
-	l.old, l.source, l.next = l.source.User, l.next, DataSource{}
+	l.old, l.source, l.next, l.nextLogin = l.source.User, l.next, DataSource{}, ""
 	l.generation++
 	c.tn.feed.catchUp(ctx)
 	return nil

@@ -569,6 +569,14 @@ func (r *leasedRows) Conn() *pgx.Conn {
 	return r.Rows.Conn()
 }
 
+// TypeMap is pgx's own, too.
+func (r *leasedRows) TypeMap() *pgtype.Map {
+	if r.c.conn != nil && r.c.dense != nil {
+		r.c.dense.lent = true
+	}
+	return r.Rows.TypeMap()
+}
+
 func (r *leasedRows) Close() {
 	r.Rows.Close()
 	r.c.release()

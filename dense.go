@@ -47,6 +47,7 @@ type slotKey struct {
 // binding is what makes a session of a shared pool one tenant's, for one generation. Safe for concurrent use.
 type binding struct {
 	tenant Tenant
+	serial int64 // of all in this process: a session knows statements of earlier ones too
 	role   string
 	bind   string   // the statement that binds a session
 	want   identity // what a bound session says
@@ -65,10 +66,12 @@ type binding struct {
 
 var slotSeed = maphash.MakeSeed()
 
+var bindings atomic.Int64 // that were made in this process
+
 // newDense returns what stands for a pool of the tenant's own.
 func (tn *Tenancy) newDense(r *record) (*tenantPool, error) {
 	from := *r.dense
-	b := &binding{tenant: r.tenant, role: r.denseRole, from: from, pool: tn.sharedPool(from), hash: maphash.String(slotSeed, r.denseRole),
+	b := &binding{tenant: r.tenant, serial: bindings.Add(1), role: r.denseRole, from: from, pool: tn.sharedPool(from), hash: maphash.String(slotSeed, r.denseRole),
 		cut: tn.cutSlots, inUse: make(chan struct{}, tn.cfg.Limits.TenantConns)}
 	b.bind = denseMark(b.role) + "SET ROLE " + ident.Quote(b.role)
 	b.want = tn.identity(r.tenant.UID, r.source)
@@ -182,6 +185,9 @@ const (
 	awayPatience = 50 * time.Millisecond
 )
 
+// errNotReset is a session that keeps what its last tenant left, such as a statement_timeout in which no reset is possible.
+var errNotReset = errors.New("tenancy: the session cannot be reset")
+
 // errNoSlot says that none of the connections looked at was free.
 var errNoSlot = errors.New("tenancy: no connection of the shared pool is free")
 
@@ -268,6 +274,9 @@ func (tn *Tenancy) tryOthers(ctx context.Context, c *checkout, deadline time.Tim
 	if closed == nil {
 		return errNoSlot
 	}
+	if turn := time.Now().Add(awayPatience); turn.Before(deadline) { // its own group may be free before
+		deadline = turn
+	}
 	return tn.trySlot(ctx, c, *closed, deadline)
 }
 
@@ -311,7 +320,7 @@ func (tn *Tenancy) trySlot(ctx context.Context, c *checkout, key slotKey, until 
 			c.conn, c.dense, c.slot = conn, session, l
 			return nil
 		}
-		gone := conn.Conn().IsClosed() // while it was idle, most likely: nothing of the call was sent
+		gone := conn.Conn().IsClosed() || errors.Is(err, errNotReset) // while it was idle, most likely: nothing of the call was sent
 		slot.discard(ctx, conn)
 		if !gone || again || ctx.Err() != nil {
 			return err
@@ -329,7 +338,7 @@ func ready(ctx context.Context, conn *pgxpool.Conn, b *binding) (*denseSession, 
 	s.to = b
 	if s.spoiled && s.last != b {
 		if err := s.reset(ctx); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%w: %w", errNotReset, err)
 		}
 	}
 	if _, proved := s.proved[b]; !proved {
@@ -384,5 +393,5 @@ func unboundError(err error) error {
 
 // mark begins the tenant's statements. What was prepared before a migration is never met again: a session knows statements of earlier generations too.
 func (b *binding) mark() string {
-	return denseMark(b.role + " " + strconv.FormatInt(b.tenant.Generation, 10) + "." + strconv.Itoa(int(b.outdated.Load())))
+	return denseMark(b.role + " " + strconv.FormatInt(b.serial, 10) + "." + strconv.Itoa(int(b.outdated.Load())))
 }

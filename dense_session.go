@@ -5,12 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/msmt-go/tenancy/internal/ident"
 	"github.com/msmt-go/tenancy/internal/plain"
 )
@@ -63,7 +64,11 @@ const named = -1
 type denseStatement struct {
 	text  string // as it was prepared, and its name
 	plain bool   // it leaves nothing in a session
+	joins bool   // it can go out in one transaction with the role: no CALL, which may end that
 }
+
+// joining begins a statement that is a query or a change of rows.
+var joining = regexp.MustCompile(`(?i)^\s*(select|insert|update|delete|merge|with|values|table)\b`)
 
 func denseSessionOf(conn *pgx.Conn) *denseSession {
 	data := conn.PgConn().CustomData()
@@ -96,7 +101,7 @@ func (s *denseSession) prove(ctx context.Context) error {
 	}
 	if len(results) > 1 && results[1].Err == nil {
 		if e := b.want.bound(s.conn.PgConn().PID(), results[1].Rows); e != nil {
-			return e
+			return fmt.Errorf("%w: %w", errUnbound, e) // the tenant may just be leaving
 		}
 	}
 	if err != nil {
@@ -132,6 +137,7 @@ func (s *denseSession) use(ctx context.Context) error {
 		return nil
 	}
 	if _, err := s.conn.Exec(ctx, s.to.bind); err != nil {
+		delete(s.proved, s.to)
 		return s.to.unboundCall(err)
 	}
 	s.bound = s.to
@@ -183,6 +189,11 @@ options:
 	}
 	c.args = args[n:]
 	if rewriter != nil {
+		switch rewriter.(type) {
+		case pgx.NamedArgs, pgx.StrictNamedArgs:
+		default: // it is given the connection
+			s.lent = true
+		}
 		var err error
 		if c.sql, c.args, err = rewriter.RewriteQuery(ctx, s.conn, c.sql, c.args); err != nil {
 			return c, err
@@ -219,6 +230,7 @@ func (s *denseSession) statement(ctx context.Context, sql string) (*denseStateme
 	}
 	key := statementKey{s.to, s.to.outdated.Load(), sql}
 	st := &denseStatement{text: s.to.mark() + sql, plain: plain.Read(sql)}
+	st.joins = st.plain || joining.MatchString(sql)
 	if _, err := s.conn.Prepare(ctx, st.text, st.text); err != nil {
 		return nil, err
 	}
@@ -228,9 +240,13 @@ func (s *denseSession) statement(ctx context.Context, sql string) (*denseStateme
 	return st, nil
 }
 
-// look notes what a text may leave that no reset takes away: PREPARE, whose names are the session's. Not DEALLOCATE ALL, which drops our own.
+// irreversible are the words of what no reset takes away: PREPARE, whose names are the session's; what drops statements that we believe in; and LISTEN,
+// whose notifications may have arrived.
+var irreversible = regexp.MustCompile(`(?i)\b(prepare|deallocate|discard|listen)\b`)
+
+// look has the connection replaced after a text that no reset undoes.
 func (s *denseSession) look(sql string, plain bool) {
-	if !plain && strings.Contains(strings.ToLower(sql), "prepare") {
+	if !plain && irreversible.MatchString(sql) {
 		s.lent = true
 	}
 }
@@ -273,7 +289,10 @@ func (s *denseSession) together(c *call) *denseStatement {
 	if s.bound == s.to || len(c.options) > 0 || !c.cached() {
 		return nil
 	}
-	return s.known(c.sql)
+	if st := s.known(c.sql); st != nil && st.joins {
+		return st
+	}
+	return nil
 }
 
 func (s *denseSession) Exec(ctx context.Context, sql string, arguments ...any) (tag pgconn.CommandTag, err error) {
@@ -417,7 +436,7 @@ func (s *denseSession) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchRes
 	}
 	br := s.conn.SendBatch(ctx, own)
 	if tx := br.Tx(); tx != nil {
-		return &denseBatch{br, &denseTx{Tx: tx, s: s}}
+		return &denseBatch{br, &denseTx{Tx: tx, s: s, over: new(bool)}}
 	}
 	return br
 }
@@ -446,6 +465,15 @@ type denseBatch struct {
 
 func (b *denseBatch) Tx() pgx.Tx { return b.tx }
 
+// Close also ends the transaction that the batch has left none of.
+func (b *denseBatch) Close() error {
+	err := b.BatchResults.Close()
+	if conn := b.tx.s.conn; conn.IsClosed() || conn.PgConn().TxStatus() == 'I' {
+		*b.tx.over = true
+	}
+	return err
+}
+
 func (s *denseSession) CopyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, rowSrc pgx.CopyFromSource) (int64, error) {
 	if err := s.use(ctx); err != nil {
 		return 0, err
@@ -458,37 +486,20 @@ func (s *denseSession) Begin(ctx context.Context) (pgx.Tx, error) {
 	return s.BeginTx(ctx, pgx.TxOptions{})
 }
 
-// BeginTx sends the role behind the BEGIN, in one round trip.
+// BeginTx sends the role before the BEGIN, in one round trip and in a transaction of its own: a ROLLBACK that the service sends as SQL must not give
+// back the role of whoever had the session before.
 func (s *denseSession) BeginTx(ctx context.Context, o pgx.TxOptions) (pgx.Tx, error) {
-	custom := o.BeginQuery != "" // which may be several statements
 	o = s.marked(o)
-	if s.bound == s.to || custom {
-		if err := s.use(ctx); err != nil {
-			return nil, err
-		}
-		tx, err := s.conn.BeginTx(ctx, o)
-		if err != nil {
-			return nil, err
-		}
-		return &denseTx{Tx: tx, s: s}, nil
+	if s.bound != s.to {
+		o.BeginQuery = s.to.mark() + "begin; " + s.to.bind + "; commit; " + o.BeginQuery
+		s.bound = nil
 	}
-	if _, err := s.conn.Prepare(ctx, o.BeginQuery, o.BeginQuery); err != nil {
-		return nil, err
-	}
-	var b pgx.Batch
-	b.BeginTx(o)
-	if err := s.prepareBind(ctx); err != nil {
-		return nil, err
-	}
-	b.Queue(s.to.bind)
-	s.bound = nil
-	br := s.conn.SendBatch(ctx, &b)
-	if err := br.Close(); err != nil {
-		_ = br.Tx().Rollback(ctx) // a failure closes the connection
+	tx, err := s.conn.BeginTx(ctx, o) // which closes the connection when it fails
+	if err != nil {
 		return nil, s.to.unboundCall(err)
 	}
 	s.bound = s.to
-	return &denseTx{Tx: br.Tx(), s: s, took: true}, nil
+	return &denseTx{Tx: tx, s: s, over: new(bool)}, nil
 }
 
 // marked returns o with the tenant's mark on its statements, by which a fence knows whose a transaction is that has done nothing yet.
@@ -504,46 +515,43 @@ func (s *denseSession) marked(o pgx.TxOptions) pgx.TxOptions {
 type denseTx struct {
 	pgx.Tx
 	s         *denseSession
-	took      bool   // the role was taken in it, and goes with it when it is rolled back
+	over      *bool  // the transaction has ended, and the session is somebody else's: shared with its savepoints
 	savepoint string // "": the transaction itself
 }
 
 func (t *denseTx) Commit(ctx context.Context) error {
-	if t.savepoint != "" {
+	switch {
+	case *t.over:
+		return pgx.ErrTxClosed
+	case t.savepoint != "":
 		return t.end(ctx, "release savepoint ")
 	}
-	err := t.Tx.Commit(ctx)
-	if err != nil {
-		t.undone()
-	}
-	return err
+	*t.over = true
+	return t.Tx.Commit(ctx)
 }
 
 func (t *denseTx) Rollback(ctx context.Context) error {
-	if t.savepoint != "" {
+	switch {
+	case *t.over:
+		return pgx.ErrTxClosed
+	case t.savepoint != "":
 		return t.end(ctx, "rollback to savepoint ")
 	}
-	err := t.Tx.Rollback(ctx)
-	if !errors.Is(err, pgx.ErrTxClosed) { // as after a commit
-		t.undone()
-	}
-	return err
-}
-
-func (t *denseTx) undone() {
-	if t.took {
-		t.s.bound = nil
-	}
+	*t.over = true
+	return t.Tx.Rollback(ctx)
 }
 
 // Begin makes a savepoint, as pgx does it but with the tenant's mark.
 func (t *denseTx) Begin(ctx context.Context) (pgx.Tx, error) {
+	if *t.over {
+		return nil, pgx.ErrTxClosed
+	}
 	t.s.savepoints++
 	name := "sp_" + strconv.Itoa(t.s.savepoints)
 	if _, err := t.Tx.Exec(ctx, t.s.to.mark()+"savepoint "+name); err != nil {
 		return nil, err
 	}
-	return &denseTx{Tx: t.Tx, s: t.s, savepoint: name}, nil
+	return &denseTx{Tx: t.Tx, s: t.s, over: t.over, savepoint: name}, nil
 }
 
 func (t *denseTx) end(ctx context.Context, verb string) error {
@@ -555,6 +563,9 @@ func (t *denseTx) end(ctx context.Context, verb string) error {
 }
 
 func (t *denseTx) Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error) {
+	if *t.over {
+		return pgconn.CommandTag{}, pgx.ErrTxClosed
+	}
 	text, all, err := t.s.resolve(ctx, sql, arguments, true)
 	if err != nil {
 		return pgconn.CommandTag{}, err
@@ -563,14 +574,37 @@ func (t *denseTx) Exec(ctx context.Context, sql string, arguments ...any) (pgcon
 }
 
 func (t *denseTx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	if *t.over {
+		return errRows{pgx.ErrTxClosed}, pgx.ErrTxClosed
+	}
 	text, all, err := t.s.resolve(ctx, sql, args, false)
 	if err != nil {
 		return errRows{err}, err
 	}
-	return t.Tx.Query(ctx, text, all...)
+	rows, err := t.Tx.Query(ctx, text, all...)
+	return lentRows{rows, t.s}, err
+}
+
+// lentRows are pgx's own, whose connection may be asked for.
+type lentRows struct {
+	pgx.Rows
+	s *denseSession
+}
+
+func (r lentRows) Conn() *pgx.Conn {
+	r.s.lent = true
+	return r.Rows.Conn()
+}
+
+func (r lentRows) TypeMap() *pgtype.Map {
+	r.s.lent = true
+	return r.Rows.TypeMap()
 }
 
 func (t *denseTx) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	if *t.over {
+		return errRow{pgx.ErrTxClosed}
+	}
 	text, all, err := t.s.resolve(ctx, sql, args, false)
 	if err != nil {
 		return errRow{err}
@@ -579,6 +613,9 @@ func (t *denseTx) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 
 func (t *denseTx) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
+	if *t.over {
+		return failedBatch{BatchResults: pgx.FailedBatchResults(b, pgx.ErrTxClosed), err: pgx.ErrTxClosed}
+	}
 	own, err := t.s.resolveBatch(ctx, b)
 	if err != nil {
 		return pgx.FailedBatchResults(b, err)
@@ -587,12 +624,18 @@ func (t *denseTx) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults 
 }
 
 func (t *denseTx) CopyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, rowSrc pgx.CopyFromSource) (int64, error) {
+	if *t.over {
+		return 0, pgx.ErrTxClosed
+	}
 	t.s.spoiled = true
 	return t.Tx.CopyFrom(ctx, tableName, columnNames, rowSrc)
 }
 
 // Prepare makes a statement that the transaction's calls name. Another tenant's of the same name is another one.
 func (t *denseTx) Prepare(ctx context.Context, name, sql string) (*pgconn.StatementDescription, error) {
+	if *t.over {
+		return nil, pgx.ErrTxClosed
+	}
 	st := &denseStatement{text: t.s.to.role + " " + strconv.Itoa(t.s.prepared) + " " + name, plain: plain.Read(sql)}
 	if name == "" {
 		st.text = ""
@@ -613,11 +656,15 @@ func (t *denseTx) Prepare(ctx context.Context, name, sql string) (*pgconn.Statem
 
 // Conn is pgx's own connection. It is replaced afterwards: see full.
 func (t *denseTx) Conn() *pgx.Conn {
-	t.s.lent = true
+	if !*t.over {
+		t.s.lent = true
+	}
 	return t.Tx.Conn()
 }
 
 func (t *denseTx) LargeObjects() pgx.LargeObjects {
-	t.s.spoiled = true
+	if !*t.over {
+		t.s.spoiled = true
+	}
 	return t.Tx.LargeObjects()
 }

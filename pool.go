@@ -353,7 +353,11 @@ func (p *tenantPool) guardErrors(cc *pgx.ConnConfig) {
 		if c := budget.Of(conn.Conn()); c != nil && err.SeverityUnlocalized == "FATAL" {
 			c.LastWords() // pgx closes it next, and TLS says good-bye of its own
 		}
-		if s, ok := conn.CustomData()[denseKey].(*denseSession); ok && outdatedPlan(err) {
+		s, shared := conn.CustomData()[denseKey].(*denseSession)
+		if shared && err.Code == "26000" { // a statement that we believe in is gone: somebody has dropped all
+			s.lent = true
+		}
+		if shared && outdatedPlan(err) {
 			s.to.outdated.Add(1) // of the others that share the pool it says nothing
 		} else if p.built.Load() && outdates(conn, err) {
 			p.pool.Reset()

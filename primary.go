@@ -284,7 +284,7 @@ func (p *primaryDB) record(ctx context.Context, q querier, id ID) (*record, erro
 	t, err := p.scanTenant(q.QueryRow(ctx, `SELECT `+tenantColumns+`, t.message, t.retry_after, d.sealed,
 		coalesce(d.dense_role, ''), coalesce(d.server, 0), coalesce(l.generation, 0), l.sealed
 		FROM tenancy.tenants t LEFT JOIN tenancy.data_sources d ON d.id = t.data_source
-		LEFT JOIN tenancy.dense_logins l ON t.dense AND l.server = d.server AND l.isolation = d.isolation WHERE t.id = $1`, id),
+		LEFT JOIN tenancy.dense_logins l ON t.dense AND d.dense AND d.dense_role <> '' AND l.server = d.server AND l.isolation = d.isolation WHERE t.id = $1`, id),
 		&r.message, &seconds, &sealed, &r.denseRole, &dense.server, &dense.generation, &shared)
 	if err != nil {
 		return nil, err
