@@ -296,14 +296,14 @@ func connectToReader(ctx context.Context, conn *pgx.Conn, p *place, role string)
 }
 
 // showReader lets the server's reader, where there is one, read what was just made or migrated. It comes after that: an AddReader that has not been
-// seen here finds the place itself. One that is dropped meanwhile is none.
+// seen here finds the place itself. One that is dropped meanwhile is none, and one that has come in its stead meanwhile finds the place, too.
 func (c *Catalog) showReader(ctx context.Context, p *place, show func(role string) error) error {
 	role, err := c.readerOf(ctx, p.server)
 	if err != nil || role == "" {
 		return err
 	}
 	if err = show(role); isState(err, "42704") {
-		if now, e := c.readerOf(ctx, p.server); e == nil && now == "" {
+		if now, e := c.readerOf(ctx, p.server); e == nil && now != role {
 			return nil
 		}
 	}
