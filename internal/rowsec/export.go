@@ -17,19 +17,22 @@ import (
 // referred to before those that refer, and times in UTC. The last line is {"end":[{"table":"notes","rows":2},...]}, which is also what is
 // returned: without it an export is not complete. Rows of the host's are not in it.
 //
-// Nothing is locked, and nothing is kept in memory but the row at hand. The reader of w sets the pace, and vacuum waits for it: its tables keep dead
-// rows for as long as the export runs.
+// Nothing is kept in memory but the row at hand. The reader of w sets the pace, and vacuum waits for it: its tables keep dead rows for as long as the
+// export runs. No row is locked; each table that was read is, in ACCESS SHARE until the end: who alters one waits, and others behind him.
 //
-// The error is [ErrUnknown], that of w, or the server's.
+// The error is [ErrUnknown], [ErrErasing], that of w, or the server's.
 func (s Shared) Export(ctx context.Context, conn *pgx.Conn, id int64, w io.Writer) ([]Count, error) {
 	return export(w, id, func(out *bufio.Writer) (counts []Count, err error) {
 		err = s.asOwner(ctx, conn, snapshot, func(tx pgx.Tx) error {
-			var known bool
-			if err := tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM `+s.table("tenancy_roster")+` WHERE id = $1)`, id).Scan(&known); err != nil {
+			var known, erasing bool
+			err := tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM `+s.table("tenancy_roster")+` WHERE id = $1), EXISTS (SELECT FROM `+s.table("tenancy_receipts")+` WHERE id = $1)`, id).Scan(&known, &erasing)
+			switch {
+			case err != nil:
 				return err
-			}
-			if !known {
+			case !known:
 				return ErrUnknown
+			case erasing:
+				return ErrErasing
 			}
 			if err := enter(ctx, tx, id); err != nil {
 				return err
