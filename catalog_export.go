@@ -41,10 +41,11 @@ type exportHead struct {
 // tenant's schema, or its rows of the protected tables of a shared one; not in it are the library's own tables, views, large objects, and rows of the host's.
 //
 // A tenant in service is read through its own login, behind the wall that its calls are behind, on one connection beside its pool's. A table that the login may
-// not read is an error (42501), and a suspension meanwhile ends the export. A tenant that is suspended, under maintenance or deleted is read as its owner: no other verb works on the tenant
-// meanwhile, and with [IsolationShared] no tenant is made, migrated or purged in the same schema.
+// not read, or in a schema of its own one with a policy of the service's, is an error (42501), and a suspension meanwhile ends the export. A tenant that is suspended, under maintenance or deleted is read as its owner: no other verb works on the tenant
+// meanwhile, and with [IsolationShared] no tenant is made, migrated or purged in the same schema. One whose purge has begun in a shared schema is refused: what is left is not all of it.
 //
-// Nothing is kept in memory but a row, so w sets the pace, and vacuum waits for it. Cancelling ctx ends the session at the server, and does not end a Write.
+// Nothing is kept in memory but a row, so w sets the pace, and vacuum waits for it. Until it ends it holds a read lock (ACCESS SHARE) on each table that it has read: a migration that alters
+// one waits, and the calls behind it, with [IsolationShared] those of all tenants. So write to a file, not to a slow client. Cancelling ctx ends the session at the server, and does not end a Write.
 // The audit trail has the action "export" before the first row is read, and "exported" with the numbers of rows after the last.
 //
 // The error is that of w, [ErrTenantNotFound], [ErrTenantGone] (purged), [ErrTenantNotReady], [ErrIdentity], [ErrNoProvisioner], [ErrInProgress],

@@ -226,6 +226,12 @@ func TestExportOfATenantInServiceStaysBehindItsWall(t *testing.T) {
 		t.Errorf("a table that it may not read: %v", err)
 	}
 	must(t, admin, `DROP TABLE `+place.table("closed"))
+	// Nor are rows that a policy of the service's own hides.
+	must(t, admin, `ALTER TABLE `+place.table("footers")+` ENABLE ROW LEVEL SECURITY`)
+	if _, err := tn.Catalog().Export(t.Context(), a.ID, new(bytes.Buffer)); sqlState(err) != "42501" || !strings.Contains(err.Error(), "table footers") {
+		t.Errorf("a table with a policy: %v", err)
+	}
+	must(t, admin, `ALTER TABLE `+place.table("footers")+` DISABLE ROW LEVEL SECURITY`)
 	// A row of the other's that the condition lets by, and the wall does not.
 	area := placeOf(t, f, shared.ID)
 	must(t, admin, `UPDATE `+area.table("tenancy_map")+` SET login = 'nobody' WHERE login = $1`, area.Login)
@@ -239,4 +245,27 @@ func TestExportOfATenantInServiceStaysBehindItsWall(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantError(t, second(tn.Catalog().Export(t.Context(), a.ID, new(bytes.Buffer))), tenancy.ErrIdentity)
+}
+
+// What a login has set for itself is not seen in its export.
+func TestExportIsWrittenTheSameWhateverIsSet(t *testing.T) {
+	t.Parallel()
+	f, tn, tenants := pageFleet(t)
+	admin := f.Admin(t, "tenants")
+	for _, tenant := range []tenancy.Tenant{tenants[0], tenants[1], tenants[4], tenants[5]} {
+		place := placeOf(t, f, tenant.ID)
+		if tenant.ID != tenants[5].ID { // it is in the schema of the one before
+			must(t, admin, `ALTER TABLE `+place.table("pages")+` ADD raw bytea DEFAULT '\x00ff', ADD part float8 DEFAULT 0.1::float8 + 0.2, ADD span interval DEFAULT '1 day 2 hours'`)
+		}
+		for _, setting := range []string{`bytea_output = 'escape'`, `extra_float_digits = 0`, `IntervalStyle = 'iso_8601'`} {
+			must(t, admin, `ALTER ROLE `+place.Login+` SET `+setting)
+		}
+		var out bytes.Buffer
+		if _, err := tn.Catalog().Export(t.Context(), tenant.ID, &out); err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(out.String(), `"raw":"\\x00ff","part":0.30000000000000004,"span":"1 day 02:00:00"`); n != 3 {
+			t.Errorf("%s: %d of 3 rows: %s", tenant.Name, n, out.String())
+		}
+	}
 }

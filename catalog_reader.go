@@ -296,14 +296,14 @@ func connectToReader(ctx context.Context, conn *pgx.Conn, p *place, role string)
 }
 
 // showReader lets the server's reader, where there is one, read what was just made or migrated. It comes after that: an AddReader that has not been
-// seen here finds the place itself. One that is dropped meanwhile is none.
+// seen here finds the place itself. One that is dropped meanwhile is none, and one that has come in its stead meanwhile finds the place, too.
 func (c *Catalog) showReader(ctx context.Context, p *place, show func(role string) error) error {
 	role, err := c.readerOf(ctx, p.server)
 	if err != nil || role == "" {
 		return err
 	}
 	if err = show(role); isState(err, "42704") {
-		if now, e := c.readerOf(ctx, p.server); e == nil && now == "" {
+		if now, e := c.readerOf(ctx, p.server); e == nil && now != role {
 			return nil
 		}
 	}
@@ -424,7 +424,8 @@ func (c *Catalog) dropReader(ctx context.Context, r reader) error {
 	return err
 }
 
-// closeReader closes the login and ends its sessions, and lists the tenants' own databases that it may connect to.
+// closeReader closes the login and ends its sessions, and lists the tenants' own databases in which it has rights. Not those that it may connect to: a DROP OWNED BY in one of
+// them takes back CONNECT on all, and a DropReader that died after it is finished by the next.
 func (c *Catalog) closeReader(ctx context.Context, r reader) (databases []string, err error) {
 	conn, err := r.conn(ctx, c.tn.servers, r.provisioner.Database)
 	if err != nil {
@@ -434,8 +435,8 @@ func (c *Catalog) closeReader(ctx context.Context, r reader) (databases []string
 	if err := closeLogins(ctx, conn, []string{r.role}, nil, atWork, 0); err != nil {
 		return nil, err
 	}
-	rows, _ := conn.Query(ctx, `SELECT datname FROM pg_database d, aclexplode(d.datacl) a JOIN pg_roles r ON r.oid = a.grantee
-		WHERE r.rolname = $1 AND d.datallowconn AND d.datname <> current_database() ORDER BY 1`, r.role)
+	rows, _ := conn.Query(ctx, `SELECT DISTINCT d.datname FROM pg_shdepend s JOIN pg_database d ON d.oid = s.dbid JOIN pg_roles r ON r.oid = s.refobjid
+		WHERE s.refclassid = 'pg_authid'::regclass AND r.rolname = $1 AND d.datallowconn AND d.datname <> current_database() ORDER BY 1`, r.role)
 	return pgx.CollectRows(rows, pgx.RowTo[string])
 }
 

@@ -17,6 +17,8 @@ var (
 	ErrUnknown = errors.New("rowsec: no such tenant")
 	// ErrLeft is a tenant of whom rows are left that a trigger of the service's keeps.
 	ErrLeft = errors.New("rowsec: rows are left")
+	// ErrErasing is a tenant of whom an erasure has begun: what is left is not all that it had.
+	ErrErasing = errors.New("rowsec: the tenant's rows are being erased, and what is left is not all of them: call Purge again to finish it")
 )
 
 // Count is how many rows of a table there were.

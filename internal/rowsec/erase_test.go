@@ -100,6 +100,13 @@ func TestEraseThatStoppedIsFinishedByTheNext(t *testing.T) {
 	if n := scan[int](t, h.super, "SELECT count(*) FROM "+h.Schema+".comments WHERE tenant_id = 7"); n != 0 {
 		t.Errorf("%d comments are left: it did not come that far", n)
 	}
+	var out bytes.Buffer
+	if _, err := h.Export(t.Context(), h.prov, idA, &out); !errors.Is(err, rowsec.ErrErasing) || out.Len() > 0 {
+		t.Errorf("an export of what is left: %v: %s", err, out.String())
+	}
+	if _, err := h.Export(t.Context(), h.prov, idB, &out); err != nil {
+		t.Errorf("an export of another: %v", err)
+	}
 	must(t, b, "DELETE FROM comments WHERE note = 1")
 	// A trigger that keeps rows is found out, and no loop.
 	must(t, h.owner, `CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; CREATE TRIGGER keep BEFORE DELETE ON plans FOR EACH ROW EXECUTE FUNCTION keep()`)
