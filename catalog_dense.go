@@ -19,7 +19,7 @@ import (
 // outside a transaction is in one all the same (no VACUUM, no procedure that commits), there are no temporary tables, and types of the tenant's own schema cannot be registered on a connection.
 //
 // It is the place's: a tenant that moves to a new one has a pool of its own there. The same call again finishes one that died; so does the validity job, which closes the role. With [ErrNotClosed] the tenant has
-// its own pool again, and the role is still to be closed. The other errors are [ErrInvalid] (for [IsolationDatabase], or behind a pooler), [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady],
+// its own pool again, and the role is still to be closed. The other errors are [ErrInvalid] (for [IsolationDatabase], behind a pooler, or into the pool while the tenant is out of service), [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady],
 // [ErrNoProvisioner], [ErrIdentity] and [ErrSetup] (the role is not what it should be), [ErrInProgress], [ErrPrimaryUnavailable] or that of the server.
 func (c *Catalog) SetDense(ctx context.Context, id ID, dense bool) error {
 	fail := func(err error) error { return &Error{Op: opDense, Tenant: id, Err: err} }
@@ -448,7 +448,7 @@ func drainDense(ctx context.Context, conn *pgx.Conn, p *place, logins []string, 
 	return nil
 }
 
-// untoldPatience is how long a transaction may go on that does not say whose it is, as after ROLLBACK TO SAVEPOINT.
+// untoldPatience is how long a transaction may go on that does not say whose it is: its last text is pgx's own, as after a COPY that has ended or a large object.
 const untoldPatience = time.Second
 
 // endDense ends the role's transactions, and returns when none is left. One that began after the role had lost its rights has none; one that began before
