@@ -422,7 +422,11 @@ func TestWhatMayHaveBeenSentIsNotRepeated(t *testing.T) {
 		if err == nil || errors.Is(err, tenancy.ErrCommitUnknown) {
 			t.Errorf("%s: %v", title, err)
 		}
-		if n := x.written(title); n != want {
+		n := x.written(title)
+		if name == "CopyFrom" { // pgx sends rows before the answer to the command is there: the answer lost can be that one, and the rows may not be complete
+			want = min(n, 1)
+		}
+		if n != want {
 			t.Errorf("%s: written %d times, want %d", title, n, want)
 		}
 	}
