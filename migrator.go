@@ -152,7 +152,7 @@ func (m *Migrator) Run(ctx context.Context, o MigrateOptions) ([]Migrated, error
 	if err != nil {
 		return fail(err)
 	}
-	if r.wave(ctx, canary); r.failures.Load() > 0 && len(canary) > 0 {
+	if r.wave(ctx, canary); r.canaryFailed(canary) {
 		r.o.StopAfter = 1
 	}
 	r.wave(ctx, rest)
@@ -259,6 +259,16 @@ func (r *round) split(pending []int) (canary, rest []int, err error) {
 		}
 	}
 	return canary, rest, nil
+}
+
+// canaryFailed looks at the canaries whose turn it was, and at those that could not have one.
+func (r *round) canaryFailed(canary []int) bool {
+	for i, res := range r.results {
+		if res.Err != nil && (slices.Contains(canary, i) || slices.Contains(r.o.Canary, res.Tenant.ID)) {
+			return true
+		}
+	}
+	return false
 }
 
 // wave migrates those tenants.

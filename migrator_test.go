@@ -59,9 +59,16 @@ func migrateError(tb testing.TB, results []tenancy.Migrated, err error) *tenancy
 	return failed
 }
 
-func versionIn(tb testing.TB, f *tenancytest.Fleet, id tenancy.ID) int64 {
-	tb.Helper()
-	return scan[int64](tb, f.Admin(tb, "tenants"), `SELECT max(version_id) FROM `+placeOf(tb, f, id).table("goose_db_version"))
+// placeBriefly is placeOf without a connection that stays until the test ends.
+func placeBriefly(t *testing.T, f *tenancytest.Fleet, id tenancy.ID) placeRow {
+	t.Helper()
+	schema := schemaOf(t, f, id)
+	return placeRow{Schema: schema, Owner: schema + "_o"}
+}
+
+func versionIn(t *testing.T, f *tenancytest.Fleet, id tenancy.ID) int64 {
+	t.Helper()
+	return ask[int64](t, f, "tenants", `SELECT max(version_id) FROM `+placeBriefly(t, f, id).table("goose_db_version"))
 }
 
 func TestAPoisonTenantStopsNobodyElse(t *testing.T) {
@@ -69,7 +76,7 @@ func TestAPoisonTenantStopsNobodyElse(t *testing.T) {
 	f := tenancytest.NewFleet(t)
 	tenants := several(t, f, 20)
 	poison := tenants[7]
-	must(t, f.Admin(t, "tenants"), "ALTER TABLE "+placeOf(t, f, poison.ID).table("notes")+" ADD COLUMN once int")
+	change(t, f, "tenants", "ALTER TABLE "+placeBriefly(t, f, poison.ID).table("notes")+" ADD COLUMN once int")
 	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant)})
 	before, err := tn.Migrator().Status(t.Context())
 	if err != nil || before.Newest != 2 || before.Tenants != 20 || before.Versions[1] != 20 || len(before.Behind) != 20 {
@@ -97,7 +104,7 @@ func TestAPoisonTenantStopsNobodyElse(t *testing.T) {
 	if s, err := older.Migrator().Status(t.Context()); err != nil || len(s.Ahead) != 19 {
 		t.Errorf("to an older release %d are ahead, %v; want 19", len(s.Ahead), err)
 	}
-	must(t, f.Admin(t, "tenants"), "ALTER TABLE "+placeOf(t, f, poison.ID).table("notes")+" DROP COLUMN once")
+	change(t, f, "tenants", "ALTER TABLE "+placeBriefly(t, f, poison.ID).table("notes")+" DROP COLUMN once")
 	done, err = tn.Migrator().All(t.Context())
 	if err != nil || done[7].Version != 2 || !slices.Equal(done[7].Applied, []int64{2}) {
 		t.Errorf("the second run: %+v, %v", done[7], err)
@@ -109,7 +116,7 @@ func TestACanaryThatFailsKeepsTheRestFromBeginning(t *testing.T) {
 	f := tenancytest.NewFleet(t)
 	tenants := several(t, f, 5)
 	for _, i := range []int{0, 2} {
-		must(t, f.Admin(t, "tenants"), "ALTER TABLE "+placeOf(t, f, tenants[i].ID).table("notes")+" ADD COLUMN once int")
+		change(t, f, "tenants", "ALTER TABLE "+placeBriefly(t, f, tenants[i].ID).table("notes")+" ADD COLUMN once int")
 	}
 	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant)})
 	for name, o := range map[string]tenancy.MigrateOptions{
@@ -180,7 +187,7 @@ func TestTwoRunsAtOnceApplyEachMigrationOnce(t *testing.T) {
 	}
 	wg.Wait()
 	for _, tenant := range tenants {
-		if n := scan[int](t, f.Admin(t, "tenants"), `SELECT count(*) FROM `+placeOf(t, f, tenant.ID).table("notes")+` WHERE tenant = 'counted'`); n != 2 || applied[tenant.ID] != 2 {
+		if n := ask[int](t, f, "tenants", `SELECT count(*) FROM `+placeBriefly(t, f, tenant.ID).table("notes")+` WHERE tenant = 'counted'`); n != 2 || applied[tenant.ID] != 2 {
 			t.Errorf("%s: the two were applied %d times, and told %d times", tenant.Name, n, applied[tenant.ID])
 		}
 	}
@@ -193,7 +200,7 @@ func TestABusyTenantIsTriedAgainAndThenReported(t *testing.T) {
 	busy, idle := tenants[0], tenants[1]
 	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant)})
 	holder := f.Admin(t, "tenants")
-	hold := `LOCK TABLE ` + placeOf(t, f, busy.ID).table("notes") + ` IN ACCESS SHARE MODE`
+	hold := `LOCK TABLE ` + placeBriefly(t, f, busy.ID).table("notes") + ` IN ACCESS SHARE MODE`
 	must(t, holder, `BEGIN`)
 	must(t, holder, hold)
 	done, err := tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{LockPatience: 2500 * time.Millisecond})
@@ -203,7 +210,8 @@ func TestABusyTenantIsTriedAgainAndThenReported(t *testing.T) {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- second(tn.Migrator().All(t.Context())) }()
-	until(t, 20*time.Second, "1", func() string { return waiting(t, f.Admin(t, "tenants"), "tenancy migration") })
+	admin := f.Admin(t, "tenants")
+	until(t, 20*time.Second, "1", func() string { return waiting(t, admin, "tenancy migration") })
 	time.Sleep(2200 * time.Millisecond) // past the first try
 	must(t, holder, `ROLLBACK`)
 	if err := <-ended; err != nil {
@@ -221,8 +229,8 @@ func TestADirtyTenantIsRefusedUntilSomebodyHasLooked(t *testing.T) {
 	acme, globex := tenants[0], tenants[1]
 	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, halfWay)})
 	admin := f.Admin(t, "tenants")
-	in := func(of tenancy.Tenant, table string) string { return placeOf(t, f, of.ID).table(table) }
-	must(t, admin, `SET ROLE `+placeOf(t, f, globex.ID).Owner)
+	in := func(of tenancy.Tenant, table string) string { return placeBriefly(t, f, of.ID).table(table) }
+	must(t, admin, `SET ROLE `+placeBriefly(t, f, globex.ID).Owner)
 	must(t, admin, `CREATE TABLE `+in(globex, "ready")+` ()`)
 	must(t, admin, `RESET ROLE`)
 	for range 2 {
@@ -267,8 +275,8 @@ func TestAMarkOfWhatHasEndedIsCleared(t *testing.T) {
 	f := tenancytest.NewFleet(t)
 	tenants := several(t, f, 2)
 	for _, tenant := range tenants {
-		change(t, f, "tenants", `CREATE TABLE `+placeOf(t, f, tenant.ID).table("ready")+` ()`)
-		change(t, f, "tenants", `ALTER TABLE `+placeOf(t, f, tenant.ID).table("ready")+` OWNER TO `+placeOf(t, f, tenant.ID).Owner)
+		change(t, f, "tenants", `CREATE TABLE `+placeBriefly(t, f, tenant.ID).table("ready")+` ()`)
+		change(t, f, "tenants", `ALTER TABLE `+placeBriefly(t, f, tenant.ID).table("ready")+` OWNER TO `+placeBriefly(t, f, tenant.ID).Owner)
 	}
 	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, halfWay)})
 	if _, err := tn.Migrator().All(t.Context()); err != nil {
@@ -321,8 +329,8 @@ func TestDownTakesOneTenantBackAndAPinKeepsItThere(t *testing.T) {
 	}
 	// A Down that died after goose, before the catalog: nobody would look there, but for its mark.
 	down := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant)})
-	change(t, f, "tenants", `DELETE FROM `+placeOf(t, f, tenants[1].ID).table("goose_db_version")+` WHERE version_id > 1`)
-	change(t, f, "tenants", `ALTER TABLE `+placeOf(t, f, tenants[1].ID).table("notes")+` DROP COLUMN once`)
+	change(t, f, "tenants", `DELETE FROM `+placeBriefly(t, f, tenants[1].ID).table("goose_db_version")+` WHERE version_id > 1`)
+	change(t, f, "tenants", `ALTER TABLE `+placeBriefly(t, f, tenants[1].ID).table("notes")+` DROP COLUMN once`)
 	change(t, f, "primary", `UPDATE tenancy.data_sources SET version = 2, migrating = -2 WHERE id = (SELECT data_source FROM tenancy.tenants WHERE id = $1)`, tenants[1].ID)
 	if all, err := down.Migrator().All(t.Context()); err != nil || !slices.Equal(all[1].Applied, []int64{2}) {
 		t.Errorf("%+v, %v", all, err)
@@ -361,10 +369,10 @@ func TestVerifyFindsADriftAndARunMendsIt(t *testing.T) {
 		t.Fatalf("%+v, %v", drifts, err)
 	}
 	// One was restored, one was migrated by a newer release by hand, and one has a view that would do something in the name of who reads it.
-	restored, view := placeOf(t, f, tenants[0].ID), placeOf(t, f, tenants[2].ID)
+	restored, view := placeBriefly(t, f, tenants[0].ID), placeBriefly(t, f, tenants[2].ID)
 	change(t, f, "tenants", `DELETE FROM `+restored.table("goose_db_version")+` WHERE version_id = 2`)
 	change(t, f, "tenants", `ALTER TABLE `+restored.table("notes")+` DROP COLUMN once`)
-	change(t, f, "tenants", `INSERT INTO `+placeOf(t, f, tenants[1].ID).table("goose_db_version")+` (version_id, is_applied) VALUES (7, true)`)
+	change(t, f, "tenants", `INSERT INTO `+placeBriefly(t, f, tenants[1].ID).table("goose_db_version")+` (version_id, is_applied) VALUES (7, true)`)
 	admin := f.Admin(t, "tenants")
 	must(t, admin, `ALTER TABLE `+view.table("goose_db_version")+` RENAME TO kept`)
 	must(t, admin, `CREATE TABLE `+view.table("trap")+` (who text)`)
@@ -410,7 +418,7 @@ func TestOneTenantOfASharedSchemaStandsForAll(t *testing.T) {
 	for _, r := range done { // initech has a schema of its own, and no table ready either
 		wantError(t, r.Err, tenancy.ErrMigrationDirty, r.Tenant.Name)
 	}
-	change(t, f, "tenants", `DROP TABLE `+placeOf(t, f, acme.ID).table("half"))
+	change(t, f, "tenants", `DROP TABLE `+placeBriefly(t, f, acme.ID).table("half"))
 	if err := m.Resolve(t.Context(), acme.ID, 3, false); err != nil {
 		t.Fatal(err)
 	}
@@ -487,7 +495,7 @@ func TestARunThatIsKilledIsFinishedByTheNext(t *testing.T) {
 			t.Errorf("%+v", m)
 		}
 		for step := range 4 {
-			if n := scan[int](t, f.Admin(t, "tenants"), `SELECT count(*) FROM `+placeOf(t, f, tenants[i].ID).table(fmt.Sprintf("step%d", step))); n != 1 {
+			if n := ask[int](t, f, "tenants", `SELECT count(*) FROM `+placeBriefly(t, f, tenants[i].ID).table(fmt.Sprintf("step%d", step))); n != 1 {
 				t.Errorf("%s: step %d has %d rows", tenants[i].Name, step, n)
 			}
 		}
