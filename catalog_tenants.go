@@ -328,7 +328,7 @@ func (c *Catalog) reroute(ctx context.Context, p *place) error {
 // activate makes the tenant visible, as the last step.
 func (c *Catalog) activate(ctx context.Context, p *place) error {
 	return c.write(ctx, "activate", p.tenant.ID, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'made', version = $2, dense = $3, updated = now() WHERE id = $1`, p.id, p.version, p.dense); err != nil {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'made', version = $2, migrating = NULL, dense = $3, updated = now() WHERE id = $1`, p.id, p.version, p.dense); err != nil {
 			return err
 		}
 		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', dense = $2, updated = now() WHERE id = $1 AND state = 'provisioning'`, p.tenant.ID, p.dense)

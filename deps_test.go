@@ -32,7 +32,7 @@ var homes = map[string][]string{
 	"github.com/robfig/cron":          {"validity.go"},
 	"github.com/go-chi/chi":           {"examples/"},
 	"github.com/golang-jwt/jwt":       {"examples/integrations/"}, // a module of its own
-	"golang.org/x/sync":               {"migrate.go"},
+	"golang.org/x/sync":               {"migrator.go"},
 	"github.com/jackc/pgx":            nil, // everywhere
 	"github.com/jackc/puddle":         {"errors.go"},
 	"github.com/sony/gobreaker":       {"breaker.go"},

@@ -55,6 +55,10 @@ var (
 	ErrNoRoom = errors.New("tenancy: no server has room for the tenant")
 	// ErrNoMigrations: a tenant cannot be created without the service's migrations.
 	ErrNoMigrations = errors.New("tenancy: no migrations are configured")
+	// ErrMigrationDirty: a migration that says NO TRANSACTION has died half-way, and somebody has to look at what it left; see [Migrator.Resolve].
+	ErrMigrationDirty = errors.New("tenancy: a migration without a transaction has died half-way")
+	// ErrNotBegun: the run of migrations was stopped before it came to this tenant. Nothing was done.
+	ErrNotBegun = errors.New("tenancy: the run was stopped before this tenant")
 	// ErrNoHostData: Config.HostURL is not set.
 	ErrNoHostData = errors.New("tenancy: no host data is configured")
 	// ErrIdentity: a connection did not prove to be the tenant's own.

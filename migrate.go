@@ -1,6 +1,7 @@
 package tenancy
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -10,6 +11,7 @@ import (
 	"io/fs"
 	"path"
 	"slices"
+	"strings"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/stdlib"
@@ -17,132 +19,53 @@ import (
 	"github.com/pressly/goose/v3"
 	"github.com/pressly/goose/v3/database"
 	"github.com/pressly/goose/v3/lock"
-	"golang.org/x/sync/errgroup"
 )
-
-// Migrator brings tenants' schemas to the service's version with goose. It is safe for
-// concurrent use, also by several nodes: a tenant is migrated by one at a time.
-//
-// Migrations run logged in as the tenant's owner, with a password made for the run: never on a
-// provisioner's session, where a trigger planted by the tenant would inherit its rights.
-type Migrator struct{ tn *Tenancy }
-
-// Migrated is what one tenant's migration did.
-type Migrated struct {
-	Tenant  Tenant
-	Version int64 // after the run
-	Applied []int64
-	Err     error // nil when the tenant is up to date
-}
-
-// MigrateError is the error of a run over many tenants: every tenant's own result.
-type MigrateError struct{ Results []Migrated }
-
-func (e *MigrateError) Error() string {
-	failed := 0
-	var first error
-	for _, r := range e.Results {
-		if r.Err != nil {
-			failed++
-			if first == nil {
-				first = r.Err
-			}
-		}
-	}
-	return fmt.Sprintf("tenancy: migrate: %d of %d tenants failed, the first with: %v", failed, len(e.Results), first)
-}
-
-// Unwrap returns the errors of the tenants that failed.
-func (e *MigrateError) Unwrap() []error {
-	var errs []error
-	for _, r := range e.Results {
-		if r.Err != nil {
-			errs = append(errs, r.Err)
-		}
-	}
-	return errs
-}
-
-// Tenant migrates one tenant to the newest version and waits for it. Cancelling ctx ends the run between or within
-// statements; what was committed stays, and a second call goes on from there.
-//
-// A tenant with [IsolationShared] has its tables with others: all those of its server are migrated at once, and the Create of another one
-// does it too. Applied then says what this call has applied.
-//
-// The error is [ErrTenantNotFound], [ErrTenantGone], [ErrNoProvisioner], [ErrNoMigrations], [ErrPrimaryUnavailable] or that of the migration.
-func (m *Migrator) Tenant(ctx context.Context, id ID) (Migrated, error) {
-	return m.tenant(ctx, id, nil)
-}
-
-func (m *Migrator) tenant(ctx context.Context, id ID, failed failedAreas) (Migrated, error) {
-	const op = "migrate"
-	ctx, release, err := m.tn.primary.lockTenant(ctx, id)
-	if err != nil {
-		return Migrated{}, &Error{Op: op, Tenant: id, Err: err}
-	}
-	defer release()
-	p, err := m.tn.catalog.place(ctx, id)
-	if err != nil {
-		return Migrated{}, &Error{Op: op, Tenant: id, Err: err}
-	}
-	done := Migrated{Tenant: p.tenant, Version: p.version}
-	switch p.tenant.State {
-	case StateDeleted, StatePurged:
-		return done, &Error{Op: op, Tenant: id, Name: p.tenant.Name, Err: ErrTenantGone}
-	case StateProvisioning: // its Create migrates it
-		return done, &Error{Op: op, Tenant: id, Name: p.tenant.Name, Err: ErrTenantNotReady}
-	}
-	finished, err := m.tn.slot(ctx)
-	if err != nil {
-		return done, &Error{Op: op, Tenant: id, Name: p.tenant.Name, Err: err}
-	}
-	defer finished()
-	done.Applied, err = m.tn.catalog.migratePlace(ctx, p, failed)
-	done.Version = p.version
-	if err != nil {
-		done.Err = &Error{Op: op, Tenant: id, Name: p.tenant.Name, Err: err}
-		return done, done.Err
-	}
-	return done, nil
-}
-
-// All migrates every tenant that was made and is not deleted, Limits.Provisions at a time, and goes on past
-// those that fail. The results are in order of ID; when one failed, the error is a [*MigrateError] with the same results.
-func (m *Migrator) All(ctx context.Context) ([]Migrated, error) {
-	var ids []ID
-	for t, err := range m.tn.catalog.Tenants(ctx, Filter{}) {
-		if err != nil {
-			return nil, err
-		}
-		switch t.State {
-		case StateActive, StateSuspended, StateMaintenance:
-			ids = append(ids, t.ID)
-		}
-	}
-	results, failed := make([]Migrated, len(ids)), failedAreas{}
-	var g errgroup.Group
-	g.SetLimit(m.tn.cfg.Limits.Provisions)
-	for i, id := range ids {
-		g.Go(func() error {
-			var err error
-			results[i], err = m.tenant(ctx, id, failed)
-			results[i].Err = err
-			return nil // a tenant's failure is data, not the end of the run
-		})
-	}
-	_ = g.Wait()
-	if slices.ContainsFunc(results, func(r Migrated) bool { return r.Err != nil }) {
-		return results, &MigrateError{Results: results}
-	}
-	return results, nil
-}
 
 // migrations is one set of goose migrations.
 type migrations struct {
 	files  fs.FS // *.sql at its root; nil: none
 	code   []GoMigration
-	reader string // the role that may read the version table and not write it; "": none
-	guard  string // the table of the schema that a run locks; "": it takes an advisory lock
+	reader string      // the role that may read the version table and not write it; "": none
+	guard  string      // the table of the schema that a run locks; "": it takes an advisory lock
+	list   []Migration // in order of version; of the service's alone
+}
+
+// alone are the versions of those without a transaction, in order.
+func (m migrations) alone() (versions []int64) {
+	for _, f := range m.list {
+		if f.NoTransaction {
+			versions = append(versions, f.Version)
+		}
+	}
+	return versions
+}
+
+// newest is the version that the migrations lead to, 0 without any.
+func (m migrations) newest() int64 {
+	if len(m.list) == 0 {
+		return 0
+	}
+	return m.list[len(m.list)-1].Version
+}
+
+// between are those that lead from one version to the other.
+func (m migrations) between(from, to int64) []Migration {
+	var some []Migration
+	for _, f := range m.list {
+		if f.Version > from && f.Version <= to {
+			some = append(some, f)
+		}
+	}
+	return some
+}
+
+// find returns the one of the version.
+func (m migrations) find(version int64) (Migration, bool) {
+	i := slices.IndexFunc(m.list, func(f Migration) bool { return f.Version == version })
+	if i < 0 {
+		return Migration{}, false
+	}
+	return m.list[i], true
 }
 
 func (m migrations) empty() bool { return m.files == nil && len(m.code) == 0 }
@@ -151,14 +74,28 @@ func (m migrations) empty() bool { return m.files == nil && len(m.code) == 0 }
 // that has any, which is the shape that go:embed gives.
 func serviceMigrations(fsys fs.FS, code []GoMigration) (migrations, error) {
 	m := migrations{code: code}
-	if fsys == nil {
+	if fsys != nil {
+		files, err := oneFolder(fsys)
+		if err != nil {
+			return m, err
+		}
+		m.files = files
+	}
+	if m.empty() {
 		return m, nil
 	}
+	if err := m.read(); err != nil {
+		return m, invalid(fmt.Errorf("Config.Migrations: %w", err))
+	}
+	return m, nil
+}
+
+func oneFolder(fsys fs.FS) (fs.FS, error) {
 	found := map[string]bool{}
 	for _, pattern := range []string{"*.sql", "*/*.sql"} {
 		names, err := fs.Glob(fsys, pattern)
 		if err != nil {
-			return m, err
+			return nil, err
 		}
 		for _, name := range names {
 			found[path.Dir(name)] = true
@@ -166,42 +103,53 @@ func serviceMigrations(fsys fs.FS, code []GoMigration) (migrations, error) {
 	}
 	switch {
 	case found["."]:
-		m.files = fsys
-	case len(found) == 1:
-		for dir := range found {
-			sub, err := fs.Sub(fsys, dir)
-			if err != nil {
-				return m, err
-			}
-			m.files = sub
-		}
+		return fsys, nil
 	case len(found) > 1:
-		return m, invalid(errors.New("Config.Migrations has .sql files in several directories and none at its root: choose one with fs.Sub"))
-	default:
-		return m, invalid(errors.New("Config.Migrations has no .sql file at its root or in a subdirectory: check the go:embed pattern"))
+		return nil, invalid(errors.New("Config.Migrations has .sql files in several directories and none at its root: choose one with fs.Sub"))
 	}
-	if _, err := newRun(nil, "check", m); err != nil {
-		return m, invalid(fmt.Errorf("Config.Migrations: %w", err))
+	for dir := range found {
+		return fs.Sub(fsys, dir)
 	}
-	return m, nil
+	return nil, invalid(errors.New("Config.Migrations has no .sql file at its root or in a subdirectory: check the go:embed pattern"))
+}
+
+// read makes the list.
+func (m *migrations) read() error {
+	r, err := newRun(nil, "check", *m)
+	if err != nil {
+		return err
+	}
+	for _, s := range r.provider.ListSources() {
+		f := Migration{Version: s.Version}
+		if s.Type == goose.TypeSQL {
+			f.File = path.Base(s.Path)
+			text, err := fs.ReadFile(m.files, s.Path)
+			if err != nil {
+				return err
+			}
+			f.NoTransaction, f.down = annotated(text, "NO TRANSACTION"), annotated(text, "Down")
+		} else {
+			f.down = slices.ContainsFunc(m.code, func(g GoMigration) bool { return g.Version == s.Version && g.Down != nil })
+		}
+		m.list = append(m.list, f)
+	}
+	slices.SortFunc(m.list, func(a, b Migration) int { return cmp.Compare(a.Version, b.Version) })
+	return nil
+}
+
+// annotated says whether a file has goose's annotation, by goose's own rules.
+func annotated(text []byte, annotation string) bool {
+	for line := range strings.Lines(string(text)) {
+		rest, comment := strings.CutPrefix(line, "--")
+		_, of, goose := strings.Cut(rest, "+goose")
+		if comment && goose && strings.EqualFold(strings.TrimSpace(strings.ReplaceAll(of, "--", "")), annotation) {
+			return true
+		}
+	}
+	return false
 }
 
 const versionTable = "goose_db_version"
-
-// newest is the version that the migrations lead to.
-func (m migrations) newest() (version int64, err error) {
-	if m.empty() {
-		return 0, errNoMigrations
-	}
-	r, err := newRun(nil, "check", m)
-	if err != nil {
-		return 0, err
-	}
-	for _, s := range r.provider.ListSources() {
-		version = max(version, s.Version)
-	}
-	return version, nil
-}
 
 // run is one use of goose on one schema. goose remembers a failed first look for good and keeps
 // lock budgets in the locker, so nothing of it outlives the run.
@@ -248,12 +196,21 @@ func newRun(db *sql.DB, schema string, m migrations) (*run, error) {
 	return &run{provider: provider, store: store, db: db}, nil
 }
 
-// up applies what is pending and returns the versions applied, also when a later one failed.
-func (r *run) up(ctx context.Context) ([]int64, error) {
-	results, err := r.provider.Up(ctx)
+// stepError is a migration that was begun and has failed.
+type stepError struct {
+	version int64
+	err     error
+}
+
+func (e *stepError) Error() string { return fmt.Sprintf("migration %d: %v", e.version, e.err) }
+func (e *stepError) Unwrap() error { return e.err }
+
+// up applies what is pending up to the version, and returns the versions applied, also when a later one failed.
+func (r *run) up(ctx context.Context, to int64) ([]int64, error) {
+	results, err := r.provider.UpTo(ctx, to)
 	if partial, ok := errors.AsType[*goose.PartialError](err); ok {
 		results = partial.Applied
-		err = fmt.Errorf("migration %d: %w", partial.Failed.Source.Version, partial.Err)
+		err = &stepError{partial.Failed.Source.Version, withoutSecrets(partial.Err)}
 	}
 	applied := make([]int64, len(results))
 	for i, res := range results {
@@ -262,21 +219,90 @@ func (r *run) up(ctx context.Context) ([]int64, error) {
 	return applied, withoutSecrets(err)
 }
 
-// version returns the newest applied version, 0 when none is.
-func (r *run) version(ctx context.Context) (int64, error) {
+// upBefore is up that stops before the first of those which are to be run alone, and returns which that is; 0: none is pending.
+func (r *run) upBefore(ctx context.Context, to int64, alone []int64) (applied []int64, next int64, err error) {
+	if len(alone) > 0 {
+		version, err := r.version(ctx)
+		if err != nil {
+			return nil, 0, withoutSecrets(err)
+		}
+		for _, v := range alone {
+			if v > version && v <= to {
+				next = v
+				break
+			}
+		}
+	}
+	switch {
+	case next == 1: // nothing comes before it
+		return nil, next, nil
+	case next > 0:
+		to = next - 1
+	}
+	applied, err = r.up(ctx, to)
+	return applied, next, err
+}
+
+// down takes one version back.
+func (r *run) down(ctx context.Context, version int64) error {
+	_, err := r.provider.ApplyVersion(ctx, version, false)
+	if partial, ok := errors.AsType[*goose.PartialError](err); ok {
+		err = &stepError{version, withoutSecrets(partial.Err)}
+	}
+	return withoutSecrets(err)
+}
+
+// applied says whether the schema has the version.
+func (r *run) applied(ctx context.Context, version int64) (bool, error) {
+	there := false
+	err := r.onTable(ctx, func(conn *sql.Conn) error {
+		_, err := r.store.GetMigration(ctx, conn, version)
+		there = err == nil
+		if errors.Is(err, database.ErrVersionNotFound) {
+			return nil
+		}
+		return err
+	})
+	return there, err
+}
+
+// write says that the schema has the version, or has it not. Its table has to be there.
+func (r *run) write(ctx context.Context, version int64, applied bool) error {
+	there, err := r.applied(ctx, version)
+	if err != nil || there == applied {
+		return err
+	}
+	return r.onTable(ctx, func(conn *sql.Conn) error {
+		if applied {
+			return r.store.Insert(ctx, conn, database.InsertRequest{Version: version})
+		}
+		return r.store.Delete(ctx, conn, version)
+	})
+}
+
+// onTable runs fn where there is a table of versions.
+func (r *run) onTable(ctx context.Context, fn func(conn *sql.Conn) error) error {
 	conn, err := r.db.Conn(ctx)
 	if err != nil {
-		return 0, err
+		return withoutSecrets(err)
 	}
 	defer conn.Close()
 	there, err := r.store.(database.StoreExtender).TableExists(ctx, conn)
 	if err != nil || !there {
-		return 0, err
+		return err
 	}
-	version, err := r.store.GetLatestVersion(ctx, conn)
-	if errors.Is(err, database.ErrVersionNotFound) {
-		return 0, nil
-	}
+	return fn(conn)
+}
+
+// version returns the newest applied version, 0 when none is.
+func (r *run) version(ctx context.Context) (version int64, err error) {
+	err = r.onTable(ctx, func(conn *sql.Conn) error {
+		version, err = r.store.GetLatestVersion(ctx, conn)
+		if errors.Is(err, database.ErrVersionNotFound) {
+			return nil
+		}
+		return err
+	})
 	return version, err
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"time"
 	"unique"
 
@@ -178,7 +179,7 @@ func preparePrimary(ctx context.Context, cfg Config, cc *pgx.ConnConfig) error {
 			Fix:  "open it once without Config.CheckPrimaryOnly, with a login that owns schema tenancy",
 		}}}
 	}
-	if _, err := m.up(ctx); err != nil {
+	if _, err := m.up(ctx, math.MaxInt64); err != nil {
 		return fmt.Errorf("tenancy: migrate the primary: %w", err)
 	}
 	return nil

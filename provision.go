@@ -25,6 +25,9 @@ type place struct {
 	state     string // intent, made, dropped
 	isolation Isolation
 	version   int64
+	migrating int64 // the migration that was begun and may have died half-way, below 0: that was being taken back; 0: none
+	marked    bool  // the primary has another migrating than this, or has to be told of it again
+	pinned    int64 // the version that the tenant does not go beyond; 0: none
 	server    int64
 	source    DataSource
 	owner     string
@@ -69,11 +72,12 @@ func (c *Catalog) readPlace(ctx context.Context, where string, arg any) (*place,
 	var sealed, provisioner []byte
 	db := c.tn.primary
 	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
-		d.next_login, d.next_sealed, d.old_login, d.promised, d.dense, d.dense_role, coalesce(l.login, ''), t.fenced IS NOT NULL, s.pooler, s.pooler_tls, s.provisioner
+		d.next_login, d.next_sealed, d.old_login, d.promised, d.dense, d.dense_role, coalesce(l.login, ''), t.fenced IS NOT NULL, s.pooler, s.pooler_tls, s.provisioner,
+		coalesce(d.migrating, 0), coalesce(t.pinned, 0)
 		FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
 		LEFT JOIN tenancy.dense_logins l ON l.server = d.server AND l.isolation = d.isolation
 		WHERE `+where, arg), &p.id, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
-		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.dense, &p.denseRole, &p.denseLogin, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner)
+		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.dense, &p.denseRole, &p.denseLogin, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner, &p.migrating, &p.pinned)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, ErrTenantNotFound
 	}
@@ -163,7 +167,7 @@ func (c *Catalog) make(ctx context.Context, p *place) error {
 		if err := c.furnish(ctx, cc, p); err != nil {
 			return fmt.Errorf("furnish schema: %w", err)
 		}
-		_, err := c.migrateAs(ctx, cc, p)
+		_, err := c.migrateAs(ctx, cc, p, c.tn.newest())
 		return err
 	})
 	if err != nil {
@@ -389,7 +393,8 @@ func takeBack(ctx context.Context, provisioner *pgx.Conn, p *place) error {
 	if err := execDDL(ctx, provisioner, "ALTER ROLE "+ident.Quote(p.owner)+" NOLOGIN PASSWORD NULL"); err != nil {
 		return fmt.Errorf("take back the owner's login: %w", err)
 	}
-	return endSessions(ctx, provisioner, []string{p.owner})
+	// Nobody but this process has known the password, so that nobody is on the way in: when none is seen, none is left.
+	return endListed(ctx, provisioner, []string{p.owner}, 1)
 }
 
 // furnish puts into the schema what the library needs there, as its owner: the marker row that
@@ -424,26 +429,33 @@ func (c *Catalog) furnish(ctx context.Context, cc *pgx.ConnConfig, p *place) err
 	})
 }
 
-// migratePlace brings a made place up to date and records its version.
-func (c *Catalog) migratePlace(ctx context.Context, p *place, failed failedAreas) (applied []int64, err error) {
+// migratePlace brings a made place to the version that is asked for, and records the one that it has.
+func (c *Catalog) migratePlace(ctx context.Context, p *place, e *errand) (applied []int64, err error) {
 	if p.isolation == IsolationShared {
-		return c.readyArea(ctx, p, failed)
+		return c.readyArea(ctx, p, e)
 	}
-	conn, err := p.provisionerConn(ctx)
-	if err != nil {
-		return nil, err
+	was := p.version
+	if !e.look && p.migrating == 0 && was >= p.upTo(e.to) { // another run came first
+		return nil, nil
 	}
-	defer closeConn(conn)
-	err = c.asOwner(ctx, conn, p, func(ctx context.Context, cc *pgx.ConnConfig) (err error) {
-		applied, err = c.migrateAs(ctx, cc, p)
+	err = c.lendOwner(ctx, p, func(ctx context.Context, cc *pgx.ConnConfig) (err error) {
+		applied, err = c.migrateAs(ctx, cc, p, e)
 		return err
 	})
-	if len(applied) > 0 {
-		if e := c.recordVersion(context.WithoutCancel(ctx), p); e != nil {
-			err = errors.Join(err, e)
-		}
+	if len(applied) > 0 || p.version != was || p.marked {
+		err = errors.Join(err, c.recordVersion(context.WithoutCancel(ctx), p))
 	}
 	return applied, err
+}
+
+// lendOwner is asOwner on a session of the provisioner's that is opened for it.
+func (c *Catalog) lendOwner(ctx context.Context, p *place, fn func(ctx context.Context, cc *pgx.ConnConfig) error) error {
+	conn, err := p.provisionerConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	return c.asOwner(ctx, conn, p, fn)
 }
 
 // recordVersion writes the version to the catalog, and moves the tenant to a new generation:
@@ -452,7 +464,7 @@ func (c *Catalog) recordVersion(ctx context.Context, p *place) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	return c.write(ctx, "record version", p.tenant.ID, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET version = $2, updated = now() WHERE id = $1`, p.id, p.version); err != nil {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET version = $2, migrating = nullif($3::bigint, 0), updated = now() WHERE id = $1`, p.id, p.version, p.migrating); err != nil {
 			return err
 		}
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET generation = generation + 1, updated = now() WHERE id = $1`, p.tenant.ID); err != nil {
@@ -462,12 +474,156 @@ func (c *Catalog) recordVersion(ctx context.Context, p *place) error {
 	})
 }
 
-func (c *Catalog) migrateAs(ctx context.Context, cc *pgx.ConnConfig, p *place) ([]int64, error) {
-	m := c.tn.migrations
-	if m.empty() {
+// errand is what is asked of the migration of one place.
+type errand struct {
+	to       int64         // the newest version that is wanted
+	patience time.Duration // for the locks of others
+	look     bool          // at the schema, whatever version is recorded
+	crowded  bool          // its run has a bound of its own on how many there are at once
+	area     error         // out: that of the shared schema, which is that of all its tenants
+}
+
+// newest is the errand of who makes a place.
+func (tn *Tenancy) newest() *errand {
+	return &errand{to: tn.migrations.newest(), patience: lockPatience}
+}
+
+// upTo is the version that the place may go to when that one is wanted.
+func (p *place) upTo(version int64) int64 {
+	if p.pinned > 0 {
+		return min(version, p.pinned)
+	}
+	return version
+}
+
+// lockPause lets the tenant's own calls pass between two tries for a lock, behind which they wait.
+const lockPause = 500 * time.Millisecond
+
+// migrateAs applies what is pending in the place. What waits for a lock of somebody's has lockTimeout, so that who comes behind is not held up for longer, and is tried again
+// until the patience ends.
+func (c *Catalog) migrateAs(ctx context.Context, cc *pgx.ConnConfig, p *place, e *errand) (applied []int64, err error) {
+	if c.tn.migrations.empty() {
 		return nil, errNoMigrations
 	}
+	err = untilFree(ctx, e.patience, func() error {
+		more, err := c.migrateOnce(ctx, cc, p, e)
+		applied = append(applied, more...)
+		return err
+	})
+	if e := c.showReader(ctx, p, func(role string) error { return readAsOwner(ctx, cc, p, role) }); err == nil {
+		err = e
+	}
+	return applied, err
+}
+
+// untilFree tries again what others' locks were in the way of, or a deadlock with them, unless it has left something half done.
+func untilFree(ctx context.Context, patience time.Duration, try func() error) error {
+	for began := time.Now(); ; {
+		err := try()
+		if !isState(err, lockNotAvailable, "40P01") || errors.Is(err, ErrMigrationDirty) || ctx.Err() != nil {
+			return err
+		}
+		if time.Since(began) >= patience {
+			return fmt.Errorf("transactions of others have kept a table locked, tried for %v; see pg_locks, and call it again: %w", time.Since(began).Round(time.Millisecond), err)
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(ctx.Err(), err)
+		case <-time.After(lockPause):
+		}
+	}
+}
+
+// migrateOnce goes from one migration without a transaction to the next.
+func (c *Catalog) migrateOnce(ctx context.Context, cc *pgx.ConnConfig, p *place, e *errand) (applied []int64, err error) {
+	for {
+		var alone int64
+		err := c.withGoose(ctx, cc, p, lockTimeout, func(r *run) error {
+			if err := c.settle(ctx, r, p); err != nil {
+				return err
+			}
+			more, next, err := r.upBefore(ctx, p.upTo(e.to), c.tn.migrations.alone())
+			applied, alone = append(applied, more...), next
+			return err
+		})
+		if err != nil || alone == 0 {
+			return applied, err
+		}
+		if err := c.migrateAlone(ctx, cc, p, e.patience, alone, func(r *run) error {
+			more, err := r.up(ctx, alone)
+			applied = append(applied, more...)
+			return err
+		}); err != nil {
+			return applied, err
+		}
+	}
+}
+
+// migrateAlone runs a migration that nothing rolls back when it dies, below 0 the way back, with a mark of it in the primary. It waits for locks all the
+// patience at once: tried again it would find what it has left.
+func (c *Catalog) migrateAlone(ctx context.Context, cc *pgx.ConnConfig, p *place, patience time.Duration, version int64, fn func(r *run) error) error {
+	if err := c.mark(ctx, p, version); err != nil {
+		return err
+	}
+	err := c.withGoose(ctx, cc, p, max(patience, lockTimeout), fn)
+	if _, begun := errors.AsType[*stepError](err); begun {
+		return fmt.Errorf("%w: %w", c.dirty(p), err)
+	}
+	p.migrating = 0 // the primary learns it with the version
+	return err
+}
+
+// mark says in the primary what could die half-way from now on.
+func (c *Catalog) mark(ctx context.Context, p *place, version int64) error {
+	sql, key := `UPDATE tenancy.data_sources SET migrating = $2, updated = now() WHERE id = $1`, p.id
+	if p.isolation == IsolationShared {
+		sql, key = `UPDATE tenancy.shared_areas SET migrating = $2, updated = now() WHERE server = $1`, p.server
+	}
+	if _, err := c.tn.primary.pool.Exec(ctx, sql, key, version); err != nil {
+		return unavailable("mark migration", err)
+	}
+	p.migrating, p.marked = version, true
+	return nil
+}
+
+// settle finds out what became of a migration that is marked: whether it ended, goose knows, and one with a transaction is whole either way.
+func (c *Catalog) settle(ctx context.Context, r *run, p *place) error {
+	if p.migrating == 0 {
+		return nil
+	}
+	version, up := p.marks()
+	applied, err := r.applied(ctx, version)
+	if err != nil {
+		return err
+	}
+	if applied != up && slices.Contains(c.tn.migrations.alone(), version) {
+		return c.dirty(p)
+	}
+	p.migrating, p.marked = 0, true
+	return nil
+}
+
+// marks is the version that is marked, and whether it was on its way up.
+func (p *place) marks() (version int64, up bool) {
+	return max(p.migrating, -p.migrating), p.migrating > 0
+}
+
+func (c *Catalog) dirty(p *place) error {
+	version, up := p.marks()
+	what := "was being applied"
+	if !up {
+		what = "was being taken back"
+	}
+	return hinted(ErrMigrationDirty, "version %d, which says NO TRANSACTION, %s in schema %s: finish it there by hand or undo it, then call Migrator.Resolve(ctx, %d, %d, true) if it is applied now, and with false if it is not",
+		version, what, p.source.Schema, p.tenant.ID, version)
+}
+
+// withGoose runs fn with goose on the place's schema, and looks at the version that came of it.
+func (c *Catalog) withGoose(ctx context.Context, cc *pgx.ConnConfig, p *place, lockTimeout time.Duration, fn func(r *run) error) error {
+	m := c.tn.migrations
 	m.guard = markerTable
+	cc = cc.Copy()
+	cc.RuntimeParams["lock_timeout"] = strconv.FormatInt(lockTimeout.Milliseconds(), 10)
 	db := stdlib.OpenDB(*cc)
 	defer db.Close()
 	if p.isolation == IsolationShared {
@@ -476,22 +632,20 @@ func (c *Catalog) migrateAs(ctx context.Context, cc *pgx.ConnConfig, p *place) (
 		m.reader = p.runtime
 		db.SetMaxOpenConns(3) // goose holds one, its lock another
 		if err := installFunctions(ctx, db, p); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	r, err := newRun(db, p.source.Schema, m)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	applied, err := r.up(ctx)
-	if version, e := r.version(context.WithoutCancel(ctx)); e == nil {
+	err = fn(r)
+	look, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	if version, e := r.version(look); e == nil {
 		p.version = version
 	}
-	_ = db.Close() // before the reader's: a verb has no more connections than without one
-	if e := c.showReader(ctx, p, func(role string) error { return readAsOwner(ctx, cc, p, role) }); err == nil {
-		err = e
-	}
-	return applied, err
+	return err
 }
 
 // installFunctions makes the functions that migrations call for the sake of shared schemas, where the schema is one tenant's.
@@ -670,6 +824,11 @@ const (
 
 // endSessions ends the sessions of the roles and returns when none is left.
 func endSessions(ctx context.Context, conn *pgx.Conn, roles []string) error {
+	return endListed(ctx, conn, roles, quietLooks)
+}
+
+// endListed is endSessions that is content when so many looks in a row have seen none.
+func endListed(ctx context.Context, conn *pgx.Conn, roles []string, looks int) error {
 	ctx, cancel := context.WithTimeout(ctx, endTimeout)
 	defer cancel()
 	for quiet := 0; ; {
@@ -679,7 +838,7 @@ func endSessions(ctx context.Context, conn *pgx.Conn, roles []string) error {
 		}
 		if quiet++; left > 0 {
 			quiet = 0
-		} else if quiet == quietLooks {
+		} else if quiet == looks {
 			return nil
 		}
 		select {

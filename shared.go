@@ -18,6 +18,7 @@ type area struct {
 	schema, owner, runtime string
 	state                  string // intent, made
 	version                int64  // of the service's migrations
+	migrating              int64  // as that of a place
 }
 
 // intendArea writes the area that is to be made at the server, or finds the one that is written. Nothing takes it back.
@@ -30,8 +31,8 @@ func intendArea(ctx context.Context, tx pgx.Tx, server int64) (a area, err error
 }
 
 func readArea(ctx context.Context, q querier, server int64) (a area, err error) {
-	err = q.QueryRow(ctx, `SELECT schema, owner, runtime, state, version FROM tenancy.shared_areas WHERE server = $1`, server).
-		Scan(&a.schema, &a.owner, &a.runtime, &a.state, &a.version)
+	err = q.QueryRow(ctx, `SELECT schema, owner, runtime, state, version, coalesce(migrating, 0) FROM tenancy.shared_areas WHERE server = $1`, server).
+		Scan(&a.schema, &a.owner, &a.runtime, &a.state, &a.version, &a.migrating)
 	return a, err
 }
 
@@ -54,7 +55,7 @@ func (c *Catalog) lockArea(ctx context.Context, p *place) (held context.Context,
 
 // makeShared is make for a place in an area: what is the tenant's own there is its login, and who that is.
 func (c *Catalog) makeShared(ctx context.Context, p *place) error {
-	if _, err := c.readyArea(ctx, p, nil); err != nil {
+	if _, err := c.readyArea(ctx, p, c.tn.newest()); err != nil {
 		return err
 	}
 	conn, err := p.provisionerConn(ctx)
@@ -82,24 +83,19 @@ func (c *Catalog) admit(ctx context.Context, conn *pgx.Conn, p *place, login str
 	return p.wall().Admit(ctx, conn, login, rowsec.Tenant{ID: int64(p.tenant.ID), UID: p.tenant.UID, Realm: c.tn.realm.Value()})
 }
 
-// failedAreas are the areas, by server, whose migration has failed in a run over many tenants: it is not tried again for each of them. A nil one is
-// empty and stays so. It is used with an area's lock held.
-type failedAreas map[int64]error
-
-// readyArea brings the area of the place to the service's version: all that is to be made there the first time, the pending migrations later. Each step
+// readyArea brings the area of the place to the version: all that is to be made there the first time, the pending migrations later. Each step
 // looks before it acts, so that a run that died anywhere is finished by the next one.
-func (c *Catalog) readyArea(ctx context.Context, p *place, failed failedAreas) (applied []int64, err error) {
-	newest, err := c.tn.migrations.newest()
-	if err != nil {
-		return nil, err
+func (c *Catalog) readyArea(ctx context.Context, p *place, e *errand) (applied []int64, err error) {
+	if c.tn.migrations.empty() {
+		return nil, errNoMigrations
 	}
 	ready := func() (area, bool, error) {
 		a, err := readArea(ctx, c.tn.primary.pool, p.server)
 		if err != nil {
 			return a, false, unavailable("read area", err)
 		}
-		p.version = a.version
-		return a, a.state == "made" && a.version >= newest, nil
+		p.version, p.migrating = a.version, a.migrating
+		return a, a.state == "made" && a.version >= e.to && a.migrating == 0 && !e.look, nil
 	}
 	if _, done, err := ready(); err != nil || done {
 		return nil, err
@@ -113,17 +109,12 @@ func (c *Catalog) readyArea(ctx context.Context, p *place, failed failedAreas) (
 	if err != nil || done {
 		return nil, err
 	}
-	if err := failed[p.server]; err != nil {
-		return nil, err
-	}
 	made := false
 	defer func() {
 		if e := c.recordArea(context.WithoutCancel(ctx), p, a, made); e != nil {
 			err = errors.Join(err, e)
 		}
-		if failed != nil && err != nil {
-			failed[p.server] = err
-		}
+		e.area = err
 	}()
 	conn, err := p.provisionerConn(ctx)
 	if err != nil {
@@ -137,7 +128,7 @@ func (c *Catalog) readyArea(ctx context.Context, p *place, failed failedAreas) (
 		if err := asArea(ctx, cc, func(owner *pgx.Conn) error { return install(ctx, owner, p.wall()) }); err != nil {
 			return fmt.Errorf("furnish shared schema: %w", err)
 		}
-		applied, err = c.migrateAs(ctx, cc, p)
+		applied, err = c.migrateAs(ctx, cc, p, e)
 		return err
 	})
 	if err == nil {
@@ -206,13 +197,14 @@ func makeArea(ctx context.Context, conn *pgx.Conn, p *place) error {
 // recordArea writes to the catalog what became of the area. One that is not as it must be is not made, whatever it was, so that the next verb looks again. With another version all tenants of it move to a new generation:
 // pools that cached plans of the old tables are replaced.
 func (c *Catalog) recordArea(ctx context.Context, p *place, was area, made bool) error {
-	if p.version == was.version && made == (was.state == "made") {
+	if p.version == was.version && made == (was.state == "made") && !p.marked {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	err := c.tn.primary.transact(ctx, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.shared_areas SET version = $2, state = CASE WHEN $3 THEN 'made' ELSE 'intent' END, updated = now() WHERE server = $1`, p.server, p.version, made); err != nil {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.shared_areas SET version = $2, state = CASE WHEN $3 THEN 'made' ELSE 'intent' END, migrating = nullif($4::bigint, 0), updated = now() WHERE server = $1`,
+			p.server, p.version, made, p.migrating); err != nil {
 			return err
 		}
 		if p.version == was.version {
