@@ -81,8 +81,8 @@ FROM pg_class c JOIN pg_policy p ON p.polrelid = c.oid WHERE c.relnamespace = AN
 -- Routines.
 SELECT f.pronamespace, CASE f.prokind WHEN 'p' THEN 'procedure' WHEN 'a' THEN 'aggregate' ELSE 'function' END, f.proname || '(' || pg_get_function_identity_arguments(f.oid) || ')', '', '',
     CASE WHEN f.prokind <> 'a' THEN pg_get_functiondef(f.oid) ELSE
-        (SELECT concat_ws(', ', 'returns ' || pg_get_function_result(f.oid), 'kind ' || a.aggkind, 'parallel ' || f.proparallel, 'state ' || a.aggtransfn::regproc || ' ' || format_type(a.aggtranstype, NULL),
-            'final ' || a.aggfinalfn::regproc || ' ' || a.aggfinalmodify, 'combine ' || a.aggcombinefn::regproc, 'starts as ' || a.agginitval,
+        (SELECT concat_ws(', ', 'returns ' || pg_get_function_result(f.oid), 'kind ' || a.aggkind::text, 'parallel ' || f.proparallel::text, 'state ' || a.aggtransfn::regproc || ' ' || format_type(a.aggtranstype, NULL),
+            'final ' || a.aggfinalfn::regproc || ' ' || a.aggfinalmodify::text, 'combine ' || a.aggcombinefn::regproc, 'starts as ' || a.agginitval,
             'moving ' || a.aggmtransfn::regproc || ' ' || a.aggminvtransfn::regproc || ' ' || a.aggmfinalfn::regproc)
         FROM pg_aggregate a WHERE a.aggfnoid = f.oid) END
 FROM pg_proc f WHERE f.pronamespace = ANY($1);
