@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -44,6 +45,17 @@ type MigrateOptions struct {
 	DryRun bool
 	// Verify has the schemas themselves asked for their versions first, as [Migrator.Verify] does. Default: the version that the catalog has recorded counts.
 	Verify bool
+	// Progress is told of each tenant that was migrated, has failed or was not begun, one at a time, and before the first: it should not block. It is not called in a dry run. Default: nobody is told.
+	Progress func(MigrateProgress)
+}
+
+// MigrateProgress is where a run stands.
+type MigrateProgress struct {
+	Total    int // tenants with something to do, those included that cannot be migrated
+	Done     int // up to date by now
+	Failed   int
+	NotBegun int
+	Last     Migrated // the tenant that ended last; zero before the first
 }
 
 // Migration is one of the service's.
@@ -152,6 +164,11 @@ func (m *Migrator) Run(ctx context.Context, o MigrateOptions) ([]Migrated, error
 	if err != nil {
 		return fail(err)
 	}
+	r.progress.Failed = int(r.failures.Load())
+	r.progress.Total = len(pending) + r.progress.Failed
+	if o.Progress != nil {
+		o.Progress(r.progress)
+	}
 	if r.wave(ctx, canary); r.canaryFailed(canary) {
 		r.o.StopAfter = 1
 	}
@@ -196,6 +213,27 @@ type round struct {
 	fleet    []standing // in order of ID
 	results  []Migrated
 	failures atomic.Int64
+
+	mu       sync.Mutex // guards progress, and is held while it is told
+	progress MigrateProgress
+}
+
+// tell says that the tenant at i has its result.
+func (r *round) tell(i int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	res := r.results[i]
+	switch {
+	case res.Err == nil:
+		r.progress.Done++
+	case errors.Is(res.Err, ErrNotBegun):
+		r.progress.NotBegun++
+	default:
+		r.progress.Failed++
+	}
+	if r.progress.Last = res; r.o.Progress != nil {
+		r.o.Progress(r.progress)
+	}
 }
 
 // verify asks the schemas. What it finds is in the results; the fleet has what is true.
@@ -299,6 +337,9 @@ func (r *round) wave(ctx context.Context, tenants []int) {
 				}
 			} else if !r.migrate(ctx, unit) {
 				r.failures.Add(1)
+			}
+			for _, i := range unit {
+				r.tell(i)
 			}
 			return nil // a tenant's failure is data, not the end of the run
 		})
