@@ -72,10 +72,10 @@ type Migrated struct {
 	Tenant   Tenant
 	Version  int64 // after the run
 	Applied  []int64
-	Reverted int64       // what [Migrator.Down] took back; 0: nothing
-	Pending  []Migration // in a dry run, what would be applied
-	Drift    *Drift      // what MigrateOptions.Verify has found before; nil: nothing
-	Err      error       // nil when the tenant is up to date; [ErrNotBegun] where the run was stopped before
+	Reverted int64         // what [Migrator.Down] took back; 0: nothing
+	Pending  []Migration   // in a dry run, what would be applied
+	Drift    *VersionDrift // what MigrateOptions.Verify has found before; nil: nothing
+	Err      error         // nil when the tenant is up to date; [ErrNotBegun] where the run was stopped before
 }
 
 // MigrateError is the error of a run over many tenants: every tenant's own result.

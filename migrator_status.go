@@ -108,8 +108,8 @@ func (m *Migrator) fleet(ctx context.Context, ids []ID) ([]standing, error) {
 	return fleet, nil
 }
 
-// Drift is a tenant whose schema is not at the version that the catalog has recorded: it was restored from a backup, or somebody ran goose by hand.
-type Drift struct {
+// VersionDrift is a tenant whose schema is not at the version that the catalog has recorded: it was restored from a backup, or somebody ran goose by hand.
+type VersionDrift struct {
 	Tenant   Tenant
 	Recorded int64
 	Actual   int64   // the newest version that was applied in the schema
@@ -121,7 +121,7 @@ type Drift struct {
 // each database with tenants' schemas, and none for each tenant. It changes nothing: [Migrator.Run] with Verify does.
 //
 // The error is [ErrNoMigrations] or [ErrPrimaryUnavailable]. A tenant whose schema could not be asked is one of those returned.
-func (m *Migrator) Verify(ctx context.Context, tenants ...ID) ([]Drift, error) {
+func (m *Migrator) Verify(ctx context.Context, tenants ...ID) ([]VersionDrift, error) {
 	const op = "verify versions"
 	if m.tn.migrations.empty() {
 		return nil, &Error{Op: op, Err: errNoMigrations}
@@ -147,7 +147,7 @@ type province struct {
 	database string
 }
 
-func (m *Migrator) verify(ctx context.Context, fleet []standing) ([]Drift, error) {
+func (m *Migrator) verify(ctx context.Context, fleet []standing) ([]VersionDrift, error) {
 	ids := make([]ID, len(fleet))
 	for i, t := range fleet {
 		ids[i] = t.tenant.ID
@@ -173,10 +173,10 @@ func (m *Migrator) verify(ctx context.Context, fleet []standing) ([]Drift, error
 	for at, some := range schemas {
 		m.askSchemas(ctx, at, slices.Compact(slices.Sorted(slices.Values(some))), found)
 	}
-	var drifts []Drift
+	var drifts []VersionDrift
 	for _, t := range fleet {
 		if t.err != nil {
-			drifts = append(drifts, Drift{Tenant: t.tenant, Recorded: t.version, Err: t.err})
+			drifts = append(drifts, VersionDrift{Tenant: t.tenant, Recorded: t.version, Err: t.err})
 			continue
 		}
 		if d := m.drift(t, found[schemaOf[t.tenant.ID]]); d.Err != nil || d.Actual != d.Recorded || len(d.Missing) > 0 {
@@ -192,8 +192,8 @@ type versions struct {
 	err     error
 }
 
-func (m *Migrator) drift(t standing, v versions) Drift {
-	d := Drift{Tenant: t.tenant, Recorded: t.version, Err: v.err}
+func (m *Migrator) drift(t standing, v versions) VersionDrift {
+	d := VersionDrift{Tenant: t.tenant, Recorded: t.version, Err: v.err}
 	if len(v.applied) > 0 {
 		d.Actual = slices.Max(v.applied)
 	}
