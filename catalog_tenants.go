@@ -90,8 +90,8 @@ func (n *NewTenant) intent() []byte {
 // Create makes a tenant: roles, schema or database, marker row, grants and the service's migrations, or a login in a shared schema, and
 // returns it once it is active. Every node serves it from then on.
 //
-// It blocks until the tenant is active. The same call again, on any node, resumes one that died
-// half-way and joins one that is running; for a name that is taken by anything else, also by a Create of the
+// It blocks until the tenant is active. The same call again, on any node, resumes one that died or failed
+// half-way and joins one that is running, and the validity job resumes one that nobody calls again: [Catalog.Delete] ends it. For a name that is taken by anything else, also by a Create of the
 // same request that has ended before, the error is [ErrTenantExists]. Cancelling ctx ends the work between two steps; what was made is found by the next call.
 //
 // The error is [ErrInvalid], [ErrTenantExists], [ErrNoMigrations], [ErrNoProvisioner], [ErrNoRoom], [ErrSetup] (a [*SetupError]: the server cannot
@@ -126,11 +126,6 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 		return fail(id, err)
 	}
 	defer release()
-	done, err := c.tn.slot(ctx)
-	if err != nil {
-		return fail(id, err)
-	}
-	defer done()
 	p, err := c.place(ctx, id)
 	if err != nil {
 		return fail(id, err)
@@ -143,23 +138,7 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 	default:
 		return fail(id, ErrTenantExists)
 	}
-	if p.state == "intent" {
-		if err := c.reroute(ctx, p); err != nil {
-			return fail(id, err)
-		}
-		if err := c.make(ctx, p); err != nil {
-			return fail(id, err)
-		}
-	} else if err := c.tn.proveLogin(ctx, p); err != nil {
-		return fail(id, err)
-	}
-	if c.tn.cfg.Dense && p.isolation != IsolationDatabase && p.source.Pooler == "" {
-		if err := c.prepareDense(ctx, p); err != nil {
-			return fail(id, err)
-		}
-		p.dense = true
-	}
-	if err := c.activate(ctx, p); err != nil {
+	if err := c.complete(ctx, p); err != nil {
 		return fail(id, err)
 	}
 	t, err := c.Tenant(ctx, id)
@@ -167,6 +146,32 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 		return fail(id, err)
 	}
 	return t, nil
+}
+
+// complete makes what is missing of a tenant that was declared and whose lock is held, and activates it.
+func (c *Catalog) complete(ctx context.Context, p *place) error {
+	done, err := c.tn.slot(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if p.state == "intent" {
+		if err := c.reroute(ctx, p); err != nil {
+			return err
+		}
+		if err := c.make(ctx, p); err != nil {
+			return err
+		}
+	} else if err := c.tn.proveLogin(ctx, p); err != nil {
+		return err
+	}
+	if c.tn.cfg.Dense && p.isolation != IsolationDatabase && p.source.Pooler == "" {
+		if err := c.prepareDense(ctx, p); err != nil {
+			return err
+		}
+		p.dense = true
+	}
+	return c.activate(ctx, p)
 }
 
 // checkNew is checkServer for a tenant that is not declared yet. One that is has its server.

@@ -55,7 +55,7 @@ func (f *feed) check(ctx context.Context) error {
 	if _, err := pool.Exec(ctx, `DELETE FROM tenancy.nodes WHERE seen < now() - interval '1 hour'`); err != nil {
 		return unavailable("validity", err)
 	}
-	return errors.Join(f.tn.catalog.finishFences(ctx), f.tn.catalog.finishPlaces(ctx), f.tn.catalog.finishDense(ctx), f.tn.catalog.dropUnfinishedPlaces(ctx))
+	return errors.Join(f.tn.catalog.finishFences(ctx), f.tn.catalog.finishCreates(ctx), f.tn.catalog.finishPlaces(ctx), f.tn.catalog.finishDense(ctx), f.tn.catalog.dropUnfinishedPlaces(ctx))
 }
 
 // oursToFinish is the condition on a tenant t for a job of this node's: it serves the tenant, or nobody does. $1 are Config.serves, null for all.
@@ -93,6 +93,40 @@ func (c *Catalog) finishFence(ctx context.Context, id ID) error {
 		if !p.fenced {
 			return c.fenceTenant(ctx, p, c.tn.cfg.DrainTimeout)
 		}
+	}
+	return nil
+}
+
+// finishCreates resumes the Create of a tenant that died or failed, and was not called again.
+func (c *Catalog) finishCreates(ctx context.Context) error {
+	if c.tn.migrations.empty() {
+		return nil
+	}
+	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT t.id FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
+		WHERE t.state = 'provisioning' AND s.provisioner IS NOT NULL AND t.updated < now() - interval '1 minute' AND `+oursToFinish+` ORDER BY random() LIMIT 100`, c.tn.cfg.serves())
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[ID])
+	if err != nil {
+		return unavailable("validity", err)
+	}
+	var errs []error
+	for _, id := range ids {
+		errs = append(errs, c.finishCreate(ctx, id))
+	}
+	return errors.Join(errs...)
+}
+
+func (c *Catalog) finishCreate(ctx context.Context, id ID) error {
+	ctx, release, err := c.lockToFinish(ctx, id)
+	if err != nil || release == nil {
+		return err
+	}
+	defer release()
+	p, err := c.place(ctx, id)
+	if err != nil || p.tenant.State != StateProvisioning {
+		return err
+	}
+	if err := c.complete(ctx, p); err != nil {
+		return &Error{Op: "finish create", Tenant: id, Name: p.tenant.Name, Err: err}
 	}
 	return nil
 }
