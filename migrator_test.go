@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -71,6 +72,40 @@ func versionIn(t *testing.T, f *tenancytest.Fleet, id tenancy.ID) int64 {
 	return ask[int64](t, f, "tenants", `SELECT max(version_id) FROM `+placeBriefly(t, f, id).table("goose_db_version"))
 }
 
+// toldProgress is what MigrateOptions.Progress was told.
+type toldProgress struct {
+	tb     testing.TB
+	inside atomic.Int32
+	all    []tenancy.MigrateProgress
+}
+
+func (told *toldProgress) tell(p tenancy.MigrateProgress) {
+	if told.inside.Add(1) != 1 {
+		told.tb.Error("told while it is told")
+	}
+	time.Sleep(2 * time.Millisecond) // for another one to come in
+	told.all = append(told.all, p)
+	told.inside.Add(-1)
+}
+
+// end checks that each tenant was told of once, and returns the last word.
+func (told *toldProgress) end(total int) (last tenancy.MigrateProgress) {
+	told.tb.Helper()
+	seen := map[tenancy.ID]bool{}
+	for i, p := range told.all {
+		before := told.all[max(i-1, 0)]
+		if p.Total != total || i == 0 && (p.Last.Tenant.ID != 0 || p.Done+p.NotBegun > 0) || i > 0 && (seen[p.Last.Tenant.ID] || p.Done+p.Failed+p.NotBegun != before.Done+before.Failed+before.NotBegun+1) {
+			told.tb.Errorf("told %+v after %+v", p, before)
+		}
+		seen[p.Last.Tenant.ID] = true
+		last = p
+	}
+	if last.Done+last.Failed+last.NotBegun != total {
+		told.tb.Errorf("the last word is %+v, want all of %d", last, total)
+	}
+	return last
+}
+
 func TestAPoisonTenantStopsNobodyElse(t *testing.T) {
 	t.Parallel()
 	f := tenancytest.NewFleet(t)
@@ -82,12 +117,16 @@ func TestAPoisonTenantStopsNobodyElse(t *testing.T) {
 	if err != nil || before.Newest != 2 || before.Tenants != 20 || before.Versions[1] != 20 || len(before.Behind) != 20 {
 		t.Errorf("before: %+v, %v", before, err)
 	}
-	plan, err := tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{DryRun: true})
+	plan, err := tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{DryRun: true, Progress: func(tenancy.MigrateProgress) { t.Error("a dry run has no progress") }})
 	if err != nil || len(plan) != 20 || len(plan[0].Pending) != 1 || plan[0].Pending[0].File != "00002_more.sql" || plan[0].Version != 1 {
 		t.Errorf("planned %+v, %v", plan, err)
 	}
-	done, err := tn.Migrator().All(t.Context())
+	told := &toldProgress{tb: t}
+	done, err := tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{Parallel: 6, Progress: told.tell})
 	failed := migrateError(t, done, err)
+	if p := told.end(20); p.Done != 19 || p.Failed != 1 || p.NotBegun != 0 {
+		t.Errorf("the run told of %+v", p)
+	}
 	if len(failed.Unwrap()) != 1 || sqlState(err) != "42701" || !strings.Contains(err.Error(), "1 of 20 tenants failed") || !strings.Contains(err.Error(), poison.Name) {
 		t.Errorf("the error is %v", err)
 	}
@@ -124,8 +163,13 @@ func TestACanaryThatFailsKeepsTheRestFromBeginning(t *testing.T) {
 		"a_percent":  {CanaryPercent: 1},
 		"stop_after": {StopAfter: 1, Parallel: 1},
 	} {
+		told := &toldProgress{tb: t}
+		o.Progress = told.tell
 		done, err := tn.Migrator().Run(t.Context(), o)
 		failed := migrateError(t, done, err)
+		if p := told.end(5); p.Done != 0 || p.Failed != 1 || p.NotBegun != 4 {
+			t.Errorf("%s: the run told of %+v", name, p)
+		}
 		if len(failed.Unwrap()) != 1 || !strings.Contains(err.Error(), "1 of 5 tenants failed, 4 were not begun") {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -153,8 +197,12 @@ func TestACanaryThatFailsKeepsTheRestFromBeginning(t *testing.T) {
 	} {
 		wantError(t, second(tn.Migrator().Run(t.Context(), o)), tenancy.ErrInvalid, name)
 	}
-	done, err = tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{Tenants: []tenancy.ID{999999}})
+	told := &toldProgress{tb: t}
+	done, err = tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{Tenants: []tenancy.ID{999999, tenants[1].ID}, Progress: told.tell})
 	migrateError(t, done, err)
+	if len(told.all) != 1 || told.all[0].Total != 1 || told.all[0].Failed != 1 {
+		t.Errorf("of one that cannot be migrated and one with nothing to do the run told %+v", told.all)
+	}
 	wantError(t, err, tenancy.ErrTenantNotFound, "999999")
 }
 

@@ -283,10 +283,11 @@ func (p *primaryDB) record(ctx context.Context, q querier, id ID) (*record, erro
 	var sealed, shared []byte
 	var dense denseSource
 	t, err := p.scanTenant(q.QueryRow(ctx, `SELECT `+tenantColumns+`, t.message, t.retry_after, d.sealed,
-		coalesce(d.dense_role, ''), coalesce(d.server, 0), coalesce(l.generation, 0), l.sealed
+		coalesce(d.dense_role, ''), coalesce(d.server, 0), coalesce(l.generation, 0), l.sealed,
+		coalesce((SELECT a.version FROM tenancy.shared_areas a WHERE d.isolation = 'shared' AND a.server = d.server), d.version, 0)
 		FROM tenancy.tenants t LEFT JOIN tenancy.data_sources d ON d.id = t.data_source
 		LEFT JOIN tenancy.dense_logins l ON t.dense AND d.dense AND d.dense_role <> '' AND l.server = d.server AND l.isolation = d.isolation WHERE t.id = $1`, id),
-		&r.message, &seconds, &sealed, &r.denseRole, &dense.server, &dense.generation, &shared)
+		&r.message, &seconds, &sealed, &r.denseRole, &dense.server, &dense.generation, &shared, &r.version)
 	if err != nil {
 		return nil, err
 	}
