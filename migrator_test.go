@@ -212,7 +212,7 @@ func TestTwoRunsAtOnceApplyEachMigrationOnce(t *testing.T) {
 	f := tenancytest.NewFleet(t)
 	tenants := several(t, f, 8)
 	files := notesAnd(t, "-- +goose Up\nINSERT INTO notes (tenant, title) VALUES ('counted', 'counted');\nSELECT pg_sleep(0.05);\n",
-		"-- +goose NO TRANSACTION\n-- +goose Up\nINSERT INTO notes (tenant, title) VALUES ('counted', 'counted');\n")
+		"-- +goose NO TRANSACTION\n-- +goose Up\nINSERT INTO notes (tenant, title) VALUES ('counted', 'counted');\nSELECT pg_sleep(0.05);\n")
 	applied := map[tenancy.ID]int{}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -247,7 +247,7 @@ func TestABusyTenantIsTriedAgainAndThenReported(t *testing.T) {
 	tenants := several(t, f, 2)
 	busy, idle := tenants[0], tenants[1]
 	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant)})
-	holder := f.Admin(t, "tenants")
+	holder, admin := f.Admin(t, "tenants"), f.Admin(t, "tenants")
 	hold := `LOCK TABLE ` + placeBriefly(t, f, busy.ID).table("notes") + ` IN ACCESS SHARE MODE`
 	must(t, holder, `BEGIN`)
 	must(t, holder, hold)
@@ -256,17 +256,24 @@ func TestABusyTenantIsTriedAgainAndThenReported(t *testing.T) {
 	if sqlState(done[0].Err) != "55P03" || !strings.Contains(done[0].Err.Error(), "kept a table locked") || done[1].Err != nil || done[1].Tenant.ID != idle.ID || done[1].Version != 2 {
 		t.Errorf("%+v", done)
 	}
+	aside := placeBriefly(t, f, idle.ID).table("aside") // of the migration without a transaction, which waits for it and is not tried again
+	must(t, admin, `SET ROLE `+placeBriefly(t, f, idle.ID).Owner)
+	must(t, admin, `CREATE TABLE `+aside+` ()`)
+	must(t, admin, `RESET ROLE`)
+	must(t, holder, `LOCK TABLE `+aside+` IN ACCESS SHARE MODE`)
+	next := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant, "-- +goose NO TRANSACTION\n-- +goose Up\nCREATE TABLE IF NOT EXISTS aside ();\nALTER TABLE aside ADD COLUMN x int;\n")})
 	ended := make(chan error, 1)
-	go func() { ended <- second(tn.Migrator().All(t.Context())) }()
-	admin := f.Admin(t, "tenants")
-	until(t, 20*time.Second, "1", func() string { return waiting(t, admin, "tenancy migration") })
+	go func() { ended <- second(next.Migrator().All(t.Context())) }()
+	until(t, 20*time.Second, "2", func() string { return waiting(t, admin, "tenancy migration") })
 	time.Sleep(2200 * time.Millisecond) // past the first try
 	must(t, holder, `ROLLBACK`)
 	if err := <-ended; err != nil {
 		t.Error(err)
 	}
-	if v := versionIn(t, f, busy.ID); v != 2 {
-		t.Errorf("it is at %d", v)
+	for _, tenant := range tenants {
+		if v := versionIn(t, f, tenant.ID); v != 3 {
+			t.Errorf("%s is at %d", tenant.Name, v)
+		}
 	}
 }
 
@@ -281,9 +288,12 @@ func TestADirtyTenantIsRefusedUntilSomebodyHasLooked(t *testing.T) {
 	must(t, admin, `SET ROLE `+placeBriefly(t, f, globex.ID).Owner)
 	must(t, admin, `CREATE TABLE `+in(globex, "ready")+` ()`)
 	must(t, admin, `RESET ROLE`)
-	for range 2 {
+	for _, state := range []string{"42P01", "?"} { // the second time nothing is tried
 		done, err := tn.Migrator().All(t.Context())
 		migrateError(t, done, err)
+		if got := sqlState(done[0].Err); got != state {
+			t.Errorf("the cause is %s, want %s", got, state)
+		}
 		wantError(t, done[0].Err, tenancy.ErrMigrationDirty, acme.Name, "version 2", fmt.Sprintf("Migrator.Resolve(ctx, %d, 2, true)", acme.ID))
 		if done[1].Err != nil || done[1].Version != 2 {
 			t.Errorf("the other one: %+v", done[1])
@@ -441,6 +451,25 @@ func TestVerifyFindsADriftAndARunMendsIt(t *testing.T) {
 	}
 	must(t, admin, `DROP VIEW `+view.table("goose_db_version"))
 	must(t, admin, `ALTER TABLE `+view.table("kept")+` RENAME TO goose_db_version`)
+	// And whatever else would have the server run code of the tenant's, or needs a look.
+	version, spring := view.table("goose_db_version"), view.table("spring")
+	must(t, admin, `CREATE OR REPLACE FUNCTION `+spring+`() RETURNS bigint LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RAISE EXCEPTION ''sprung by %'', current_user; END'`)
+	must(t, admin, `CREATE DOMAIN `+view.table("sort")+` AS bigint`)
+	for name, trap := range map[string][2]string{
+		"a_policy":              {`ALTER TABLE ` + version + ` ENABLE ROW LEVEL SECURITY; CREATE POLICY p ON ` + version + ` USING (` + spring + `() > 0)`, `DROP POLICY p ON ` + version + `; ALTER TABLE ` + version + ` DISABLE ROW LEVEL SECURITY`},
+		"another_type":          {`ALTER TABLE ` + version + ` ALTER version_id TYPE ` + view.table("sort"), `ALTER TABLE ` + version + ` ALTER version_id TYPE bigint`},
+		"an_index_of_a_part":    {`CREATE INDEX trapped ON ` + version + ` (id) WHERE version_id > 0`, `DROP INDEX ` + view.table("trapped")},
+		"an_index_of_a_formula": {`CREATE INDEX trapped ON ` + version + ` ((version_id + 1))`, `DROP INDEX ` + view.table("trapped")},
+		"statistics":            {`CREATE STATISTICS ` + view.table("trapped") + ` ON id, version_id FROM ` + version, `DROP STATISTICS ` + view.table("trapped")},
+		"no_table":              {`ALTER TABLE ` + version + ` RENAME TO kept`, `ALTER TABLE ` + view.table("kept") + ` RENAME TO goose_db_version`},
+	} {
+		must(t, admin, trap[0])
+		drifts, err := m.Verify(t.Context(), tenants[2].ID)
+		if err != nil || len(drifts) != 1 || drifts[0].Err == nil || !strings.Contains(drifts[0].Err.Error(), "no table goose_db_version as goose makes it") {
+			t.Errorf("%s: %+v, %v", name, drifts, err)
+		}
+		must(t, admin, trap[1])
+	}
 	if done, err := m.All(t.Context()); err != nil || len(done[0].Applied) > 0 {
 		t.Errorf("without Verify: %+v, %v", done[0], err)
 	}
@@ -500,6 +529,9 @@ func TestMigratingProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg.Migrations = killedMigrations(t)
+	if os.Getenv("TENANCY_TEST_MIGRATES") == "alone" {
+		cfg.Migrations = notesAnd(t, dyingAlone)
+	}
 	tn, err := tenancy.Open(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -535,7 +567,7 @@ func TestARunThatIsKilledIsFinishedByTheNext(t *testing.T) {
 		}
 		t.Cleanup(func() { kill(cmd) })
 		sum := func() int { return scan[int](t, primary, `SELECT sum(version)::int FROM tenancy.data_sources`) }
-		for before, end := sum(), time.Now().Add(20*time.Second); sum() == before && time.Now().Before(end) && i%2 == 0; { // every other one as soon as it has done something
+		for before, end := sum(), time.Now().Add(20*time.Second); i%2 == 0 && before < 6*5 && sum() == before && time.Now().Before(end); { // every other one as soon as it has done something
 			time.Sleep(time.Millisecond)
 		}
 		time.Sleep(time.Duration(37*i%200) * time.Millisecond)
@@ -559,6 +591,63 @@ func TestARunThatIsKilledIsFinishedByTheNext(t *testing.T) {
 	}
 	if s, err := tn.Migrator().Status(t.Context()); err != nil || s.Versions[5] != 6 || len(s.Dirty) > 0 {
 		t.Errorf("%+v, %v", s, err)
+	}
+}
+
+// dyingAlone is at work until its session ends.
+const dyingAlone = "-- +goose NO TRANSACTION\n-- +goose Up\nCREATE TABLE half (id int);\nSELECT pg_sleep(60);\n"
+
+// The process dies in the middle of what nothing rolls back, while another run waits for its tenant.
+func TestAProcessThatDiesWithoutATransactionLeavesADirtyTenant(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tenants := several(t, f, 2)
+	acme, globex := tenants[0], tenants[1]
+	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, dyingAlone)})
+	if err := tn.Migrator().Pin(t.Context(), globex.ID, 1); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^TestMigratingProcess$")
+	cmd.Env = append(os.Environ(), "TENANCY_TEST_MIGRATES=alone", "TENANCY_PRIMARY_URL="+f.PrimaryURL, "TENANCY_KEYS="+f.KeyText)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { kill(cmd) })
+	admin, half := f.Admin(t, "tenants"), placeBriefly(t, f, acme.ID).table("half")
+	until(t, 20*time.Second, "true", func() string { return fmt.Sprint(scan[bool](t, admin, `SELECT to_regclass($1) IS NOT NULL`, half)) })
+	dirty := func() string {
+		s, err := tn.Migrator().Status(t.Context())
+		var list [][2]int64
+		for _, d := range s.Dirty {
+			list = append(list, [2]int64{int64(d.Tenant.ID), d.Dirty})
+		}
+		return fmt.Sprint(list, err)
+	}
+	if got := dirty(); got != "[] <nil>" {
+		t.Errorf("while it is at work %s are dirty", got)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- second(tn.Migrator().All(t.Context())) }()
+	primary := f.Admin(t, "primary")
+	until(t, 20*time.Second, "1", func() string {
+		return fmt.Sprint(scan[int](t, primary, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`))
+	})
+	killAtWork(t, cmd)
+	bury(t, f, cmd)
+	err := <-ended
+	wantError(t, err, tenancy.ErrMigrationDirty, acme.Name)
+	if state := sqlState(err); state != "?" {
+		t.Errorf("it was begun again: %s", state)
+	}
+	until(t, 5*time.Second, fmt.Sprintf("[[%d 2]] <nil>", acme.ID), dirty)
+	if v := versionIn(t, f, globex.ID); v != 1 {
+		t.Errorf("the other one is at %d", v)
+	}
+	if err := tn.Migrator().Resolve(t.Context(), acme.ID, 2, true); err != nil {
+		t.Fatal(err)
+	}
+	if done, err := tn.Migrator().All(t.Context()); err != nil || done[0].Version != 2 || dirty() != "[] <nil>" {
+		t.Errorf("%+v, %v, %s", done, err, dirty())
 	}
 }
 
