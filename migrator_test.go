@@ -530,7 +530,7 @@ func TestMigratingProcess(t *testing.T) {
 	}
 	cfg.Migrations = killedMigrations(t)
 	if os.Getenv("TENANCY_TEST_MIGRATES") == "alone" {
-		cfg.Migrations = notesAnd(t, dyingAlone)
+		cfg.Migrations = notesAnd(t, oncePerTenant, dyingAlone)
 	}
 	tn, err := tenancy.Open(t.Context(), cfg)
 	if err != nil {
@@ -603,10 +603,13 @@ func TestAProcessThatDiesWithoutATransactionLeavesADirtyTenant(t *testing.T) {
 	f := tenancytest.NewFleet(t)
 	tenants := several(t, f, 2)
 	acme, globex := tenants[0], tenants[1]
-	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, dyingAlone)})
+	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant, dyingAlone)})
 	if err := tn.Migrator().Pin(t.Context(), globex.ID, 1); err != nil {
 		t.Fatal(err)
 	}
+	holder := f.Admin(t, "tenants") // keeps the process from what it dies in until the other run waits behind it
+	must(t, holder, `BEGIN`)
+	must(t, holder, `LOCK TABLE `+placeBriefly(t, f, acme.ID).table("notes")+` IN ACCESS SHARE MODE`)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestMigratingProcess$")
 	cmd.Env = append(os.Environ(), "TENANCY_TEST_MIGRATES=alone", "TENANCY_PRIMARY_URL="+f.PrimaryURL, "TENANCY_KEYS="+f.KeyText)
 	if err := cmd.Start(); err != nil {
@@ -614,6 +617,14 @@ func TestAProcessThatDiesWithoutATransactionLeavesADirtyTenant(t *testing.T) {
 	}
 	t.Cleanup(func() { kill(cmd) })
 	admin, half := f.Admin(t, "tenants"), placeBriefly(t, f, acme.ID).table("half")
+	until(t, 20*time.Second, "1", func() string { return waiting(t, admin, "tenancy migration") })
+	ended := make(chan error, 1)
+	go func() { ended <- second(tn.Migrator().All(t.Context())) }()
+	primary := f.Admin(t, "primary")
+	until(t, 20*time.Second, "1", func() string {
+		return fmt.Sprint(scan[int](t, primary, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`))
+	})
+	must(t, holder, `ROLLBACK`)
 	until(t, 20*time.Second, "true", func() string { return fmt.Sprint(scan[bool](t, admin, `SELECT to_regclass($1) IS NOT NULL`, half)) })
 	dirty := func() string {
 		s, err := tn.Migrator().Status(t.Context())
@@ -626,12 +637,6 @@ func TestAProcessThatDiesWithoutATransactionLeavesADirtyTenant(t *testing.T) {
 	if got := dirty(); got != "[] <nil>" {
 		t.Errorf("while it is at work %s are dirty", got)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- second(tn.Migrator().All(t.Context())) }()
-	primary := f.Admin(t, "primary")
-	until(t, 20*time.Second, "1", func() string {
-		return fmt.Sprint(scan[int](t, primary, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`))
-	})
 	killAtWork(t, cmd)
 	bury(t, f, cmd)
 	err := <-ended
@@ -639,14 +644,14 @@ func TestAProcessThatDiesWithoutATransactionLeavesADirtyTenant(t *testing.T) {
 	if state := sqlState(err); state != "?" {
 		t.Errorf("it was begun again: %s", state)
 	}
-	until(t, 5*time.Second, fmt.Sprintf("[[%d 2]] <nil>", acme.ID), dirty)
+	until(t, 5*time.Second, fmt.Sprintf("[[%d 3]] <nil>", acme.ID), dirty)
 	if v := versionIn(t, f, globex.ID); v != 1 {
 		t.Errorf("the other one is at %d", v)
 	}
-	if err := tn.Migrator().Resolve(t.Context(), acme.ID, 2, true); err != nil {
+	if err := tn.Migrator().Resolve(t.Context(), acme.ID, 3, true); err != nil {
 		t.Fatal(err)
 	}
-	if done, err := tn.Migrator().All(t.Context()); err != nil || done[0].Version != 2 || dirty() != "[] <nil>" {
+	if done, err := tn.Migrator().All(t.Context()); err != nil || done[0].Version != 3 || dirty() != "[] <nil>" {
 		t.Errorf("%+v, %v, %s", done, err, dirty())
 	}
 }
