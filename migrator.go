@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"golang.org/x/sync/errgroup"
 )
 
 // Migrator brings tenants' schemas to the service's version with goose. It is safe for
@@ -326,17 +327,18 @@ func (r *round) wave(ctx context.Context, tenants []int) {
 	parallel := r.o.Parallel
 	def(&parallel, r.m.tn.cfg.Limits.Provisions)
 	var next atomic.Int64
-	var workers sync.WaitGroup
+	var workers errgroup.Group
 	for range min(parallel, len(units)) {
-		workers.Go(func() {
+		workers.Go(func() error {
 			w := &worker{}
 			defer w.close()
 			for i := int(next.Add(1)) - 1; i < len(units); i = int(next.Add(1)) - 1 {
 				r.turn(ctx, units[i], w)
 			}
+			return nil
 		})
 	}
-	workers.Wait()
+	_ = workers.Wait()
 	r.m.tn.feed.catchUp(ctx)
 }
 
@@ -483,7 +485,7 @@ func (m *Migrator) Down(ctx context.Context, id ID) (Migrated, error) {
 
 // revert takes the newest migration back. It is marked before, because a version that is lower than the recorded one would be seen by nobody.
 func (c *Catalog) revert(ctx context.Context, cc *pgx.ConnConfig, p *place) (reverted int64, err error) {
-	if err := c.withGoose(ctx, cc, p, lockTimeout, func(r *run) error { return c.settle(ctx, r, p) }); err != nil {
+	if err := c.withGoose(ctx, cc, p, false, lockTimeout, func(r *run) error { return c.settle(ctx, r, p) }); err != nil {
 		return 0, err
 	}
 	version := p.version
@@ -503,7 +505,7 @@ func (c *Catalog) revert(ctx context.Context, cc *pgx.ConnConfig, p *place) (rev
 	if f.NoTransaction {
 		err = c.migrateAlone(ctx, cc, p, lockPatience, -version, down)
 	} else if err = c.mark(ctx, p, -version); err == nil {
-		err = untilFree(ctx, lockPatience, func() error { return c.withGoose(ctx, cc, p, lockTimeout, down) })
+		err = untilFree(ctx, lockPatience, func() error { return c.withGoose(ctx, cc, p, false, lockTimeout, down) })
 	}
 	if err != nil {
 		return 0, err
@@ -541,7 +543,7 @@ func (m *Migrator) Resolve(ctx context.Context, id ID, version int64, applied bo
 			return done, err
 		}
 		if err := c.lendOwner(ctx, p, nil, func(ctx context.Context, cc *pgx.ConnConfig) error {
-			return c.withGoose(ctx, cc, p, lockTimeout, func(r *run) error { return r.write(ctx, version, applied) })
+			return c.withGoose(ctx, cc, p, false, lockTimeout, func(r *run) error { return r.write(ctx, version, applied) })
 		}); err != nil {
 			return done, err
 		}

@@ -241,6 +241,31 @@ func TestTwoRunsAtOnceApplyEachMigrationOnce(t *testing.T) {
 	}
 }
 
+// Both locks of a tenant's are had by somebody else: that of its schema, which holds without the primary's, and a version that another run has applied behind its back.
+func TestARunThatLostSightOfAnotherAppliesNothing(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tenants := several(t, f, 2)
+	locked, free := placeBriefly(t, f, tenants[0].ID), placeBriefly(t, f, tenants[1].ID)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, GoMigrations: []tenancy.GoMigration{{Version: 2, Up: func(ctx context.Context, tx *databasesql.Tx) error {
+		_, err := tx.ExecContext(ctx, "CREATE TABLE twice (); INSERT INTO goose_db_version (version_id, is_applied) VALUES (2, true)")
+		return err
+	}}}})
+	holder := f.Admin(t, "tenants")
+	must(t, holder, `BEGIN`)
+	must(t, holder, `LOCK TABLE `+locked.table("tenancy_marker")+` IN SHARE UPDATE EXCLUSIVE MODE`)
+	done, err := tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{LockPatience: time.Millisecond})
+	migrateError(t, done, err)
+	if sqlState(done[0].Err) != "55P03" || !strings.Contains(fmt.Sprint(done[1].Err), "another run has applied it meanwhile") {
+		t.Errorf("%+v", done)
+	}
+	for _, p := range []placeRow{locked, free} {
+		if there := ask[bool](t, f, "tenants", `SELECT to_regclass($1) IS NOT NULL`, p.table("twice")); there {
+			t.Errorf("the migration has left its table in %s", p.Schema)
+		}
+	}
+}
+
 func TestABusyTenantIsTriedAgainAndThenReported(t *testing.T) {
 	t.Parallel()
 	f := tenancytest.NewFleet(t)

@@ -540,7 +540,7 @@ func untilFree(ctx context.Context, patience time.Duration, try func() error) er
 func (c *Catalog) migrateOnce(ctx context.Context, cc *pgx.ConnConfig, p *place, e *errand) (applied []int64, err error) {
 	for {
 		var alone int64
-		err := c.withGoose(ctx, cc, p, lockTimeout, func(r *run) error {
+		err := c.withGoose(ctx, cc, p, true, lockTimeout, func(r *run) error {
 			if err := c.settle(ctx, r, p); err != nil {
 				return err
 			}
@@ -567,7 +567,7 @@ func (c *Catalog) migrateAlone(ctx context.Context, cc *pgx.ConnConfig, p *place
 	if err := c.mark(ctx, p, version); err != nil {
 		return err
 	}
-	err := c.withGoose(ctx, cc, p, max(patience, lockTimeout), fn)
+	err := c.withGoose(ctx, cc, p, false, max(patience, lockTimeout), fn)
 	if _, begun := errors.AsType[*stepError](err); begun {
 		return fmt.Errorf("%w: %w", c.dirty(p), err)
 	}
@@ -620,19 +620,22 @@ func (c *Catalog) dirty(p *place) error {
 		version, what, p.source.Schema, p.tenant.ID, version)
 }
 
-// withGoose runs fn with goose on the place's schema, and looks at the version that came of it.
-func (c *Catalog) withGoose(ctx context.Context, cc *pgx.ConnConfig, p *place, lockTimeout time.Duration, fn func(r *run) error) error {
+// withGoose runs fn with goose on the place's schema, and looks at the version that came of it. inTx is that all that fn applies has a transaction.
+func (c *Catalog) withGoose(ctx context.Context, cc *pgx.ConnConfig, p *place, inTx bool, lockTimeout time.Duration, fn func(r *run) error) error {
 	m := c.tn.migrations
 	m.guard = markerTable
 	cc = cc.Copy()
 	cc.RuntimeParams["lock_timeout"] = strconv.FormatInt(lockTimeout.Milliseconds(), 10)
-	db := stdlib.OpenDB(*cc)
-	defer db.Close()
-	if p.isolation == IsolationShared {
-		db.SetMaxOpenConns(2) // the area's lock has the third
+	var db *sql.DB
+	if m.each = inTx; inTx {
+		db = openLocked(*cc, ident.Quote(p.source.Schema, m.guard))
 	} else {
+		db = stdlib.OpenDB(*cc)
+		db.SetMaxOpenConns(2) // goose holds one, its lock another
+	}
+	defer db.Close()
+	if p.isolation != IsolationShared {
 		m.reader = p.runtime
-		db.SetMaxOpenConns(3) // goose holds one, its lock another
 		if err := installFunctions(ctx, db, p); err != nil {
 			return err
 		}
@@ -658,6 +661,9 @@ func installFunctions(ctx context.Context, db *sql.DB, p *place) error {
 	}
 	defer conn.Close()
 	return conn.Raw(func(driver any) error {
+		if locked, ok := driver.(lockedConn); ok {
+			driver = locked.Conn
+		}
 		return rowsec.InstallSchemaModel(ctx, driver.(*stdlib.Conn).Conn(), p.source.Schema, p.owner, p.number())
 	})
 }
