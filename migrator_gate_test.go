@@ -74,6 +74,11 @@ func TestATenantBehindTheNodesCodeIsRefusedUntilItIsMigrated(t *testing.T) {
 	if _, err := migrating.Migrator().All(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	for _, tenant := range all { // at once here, too
+		if err := read(migrating, tenant); err != nil {
+			t.Error(err)
+		}
+	}
 	want()
 	// A session that was made before is refused with the rest.
 	if _, err := migrating.Migrator().Down(t.Context(), initech.ID); err != nil {

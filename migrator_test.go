@@ -266,6 +266,31 @@ func TestARunThatLostSightOfAnotherAppliesNothing(t *testing.T) {
 	}
 }
 
+// The worker keeps its sessions, and no tenant.
+func TestARunLetsGoOfEachTenantThatIsDone(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	several(t, f, 2)
+	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant)})
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	done, err := tn.Migrator().Run(ctx, tenancy.MigrateOptions{Parallel: 1, Progress: func(p tenancy.MigrateProgress) {
+		if p.Last.Tenant.ID == 0 {
+			return
+		}
+		if m, err := tn.Migrator().Tenant(ctx, p.Last.Tenant.ID); err != nil || m.Version != 2 {
+			t.Errorf("while the run goes on: %+v, %v", m, err)
+		}
+		// What the run keeps is lost on its way to the next tenant.
+		for _, database := range []string{"primary", "tenants"} {
+			change(t, f, database, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND (application_name = 'tenancy provisioner' OR query = 'SELECT pg_advisory_unlock_all()')`)
+		}
+	}})
+	if err != nil || done[1].Version != 2 {
+		t.Errorf("%+v, %v", done, err)
+	}
+}
+
 func TestABusyTenantIsTriedAgainAndThenReported(t *testing.T) {
 	t.Parallel()
 	f := tenancytest.NewFleet(t)
