@@ -22,7 +22,11 @@ import (
 // nothing: all are up to date. One iteration is {loop, Run}; reported are the time of each and speedup, the loop's time by that of Run. The target is 100. status-ms is a Status, whose target is 1 s.
 //
 // pending: one migration is pending for all. One iteration has the loop apply one to all tenants, and then Run the next; reported is speedup in the same way. The target is 1.5.
-// The owners' logins of the loop are there already; Run opens and closes them.
+// The owners' logins of the loop are there already; Run opens and closes them, which the loop is spared.
+//
+//	go test -run '^$' -bench BenchmarkMigrate/nothing -benchtime=5x -timeout 30m .
+//	go test -run '^$' -bench BenchmarkMigrate/pending -benchtime=5x -timeout 30m .
+//	TENANCY_MIGRATE_TENANTS=100 go test -run '^$' -bench BenchmarkMigrate -benchtime=10x .
 func BenchmarkMigrate(b *testing.B) {
 	n := 1000
 	if s := os.Getenv("TENANCY_MIGRATE_TENANTS"); s != "" {

@@ -40,6 +40,9 @@ type Config struct {
 	Migrations fs.FS
 	// GoMigrations are migrations in code, beside the files. Default: none.
 	GoMigrations []GoMigration
+	// MinVersion is the migration that this node's code needs. A tenant that is recorded to be below it is refused here with [ErrSchemaBehind], until somebody has migrated it; no restart is needed then. It is one of those in
+	// Migrations or GoMigrations. Default: 0, every tenant is served.
+	MinVersion int64
 
 	// Isolation of tenants that Create makes and whose NewTenant.Isolation says nothing. Those that exist keep theirs. With IsolationDatabase, Open
 	// checks that the servers can make databases. Default: IsolationSchema.
@@ -307,6 +310,9 @@ func (c Config) validate() error {
 	}
 	if _, err := parseCron(c.ValidityCron); err != nil {
 		return invalid(fmt.Errorf("Config.ValidityCron: %w", err))
+	}
+	if c.MinVersion < 0 {
+		return invalid(fmt.Errorf("Config.MinVersion is %d: at least 0", c.MinVersion))
 	}
 	seen := map[int64]bool{}
 	for _, m := range c.GoMigrations {

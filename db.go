@@ -21,7 +21,7 @@ import (
 //
 // It decides anew at each call: a context without a tenant is [ErrNoTenant], one of another
 // primary [ErrTenantMismatch], and a tenant that is not served now one of [ErrTenantSuspended],
-// [ErrTenantMaintenance], [ErrTenantGone], [ErrTenantNotReady] and [ErrTenantNotFound], whatever it
+// [ErrTenantMaintenance], [ErrTenantGone], [ErrTenantNotReady], [ErrSchemaBehind] and [ErrTenantNotFound], whatever it
 // was when the context was made. When the primary has been silent for too long the error is
 // [ErrPrimaryUnavailable], and when the tenant's own server cannot be reached
 // [ErrTenantUnavailable]; when its connections are all in use and as many calls wait as may, or one has waited for

@@ -57,6 +57,8 @@ var (
 	ErrNoMigrations = errors.New("tenancy: no migrations are configured")
 	// ErrMigrationDirty: a migration that says NO TRANSACTION has died half-way, and somebody has to look at what it left; see [Migrator.Resolve].
 	ErrMigrationDirty = errors.New("tenancy: a migration without a transaction has died half-way")
+	// ErrSchemaBehind: the tenant's schema is older than this code needs ([Config].MinVersion); it is served as soon as it is migrated.
+	ErrSchemaBehind = errors.New("tenancy: the tenant's schema is behind")
 	// ErrNotBegun: the run of migrations was stopped before it came to this tenant. Nothing was done.
 	ErrNotBegun = errors.New("tenancy: the run was stopped before this tenant")
 	// ErrNoHostData: Config.HostURL is not set.

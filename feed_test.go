@@ -141,7 +141,7 @@ func serveNode(ctx context.Context, tn *tenancy.Tenancy, r nodeRequest) (value s
 // class names the sentinel that err matches.
 func class(err error) string {
 	for _, c := range []error{tenancy.ErrForbidden, tenancy.ErrTenantSuspended, tenancy.ErrTenantGone, tenancy.ErrTenantMaintenance,
-		tenancy.ErrTenantNotFound, tenancy.ErrPrimaryUnavailable, tenancy.ErrTenantNotReady, tenancy.ErrAmbiguousTenant} {
+		tenancy.ErrTenantNotFound, tenancy.ErrPrimaryUnavailable, tenancy.ErrTenantNotReady, tenancy.ErrSchemaBehind, tenancy.ErrAmbiguousTenant} {
 		if errors.Is(err, c) {
 			return c.Error()
 		}

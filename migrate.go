@@ -18,7 +18,6 @@ import (
 	"github.com/msmt-go/tenancy/internal/ident"
 	"github.com/pressly/goose/v3"
 	"github.com/pressly/goose/v3/database"
-	"github.com/pressly/goose/v3/lock"
 )
 
 // migrations is one set of goose migrations.
@@ -27,6 +26,7 @@ type migrations struct {
 	code   []GoMigration
 	reader string      // the role that may read the version table and not write it; "": none
 	guard  string      // the table of the schema that a run locks; "": it takes an advisory lock
+	each   bool        // the database is that of openLocked, whose transactions lock the guard by themselves
 	list   []Migration // in order of version; of the service's alone
 }
 
@@ -180,16 +180,15 @@ func newRun(db *sql.DB, schema string, m migrations) (*run, error) {
 		}
 		code = append(code, goose.NewGoMigration(g.Version, up, down))
 	}
-	var locker lock.SessionLocker = schemaLock{schema}
-	if m.guard != "" {
-		locker = &ownerLock{db: db, table: ident.Quote(schema, m.guard)}
+	options := []goose.ProviderOption{goose.WithStore(store), goose.WithGoMigrations(code...), goose.WithDisableGlobalRegistry(true)}
+	switch {
+	case m.each:
+	case m.guard != "":
+		options = append(options, goose.WithSessionLocker(&ownerLock{db: db, table: ident.Quote(schema, m.guard)}))
+	default:
+		options = append(options, goose.WithSessionLocker(schemaLock{schema}))
 	}
-	provider, err := goose.NewProvider("", db, m.files,
-		goose.WithStore(store),
-		goose.WithSessionLocker(locker),
-		goose.WithGoMigrations(code...),
-		goose.WithDisableGlobalRegistry(true),
-	)
+	provider, err := goose.NewProvider("", db, m.files, options...)
 	if err != nil {
 		return nil, err
 	}
@@ -324,6 +323,18 @@ func (s *versionStore) TableExists(ctx context.Context, db database.DBTxConn) (b
 	return there, err
 }
 
+// Insert refuses a version that is there: of two runs that lost sight of each other, the second one rolls back.
+func (s *versionStore) Insert(ctx context.Context, db database.DBTxConn, req database.InsertRequest) error {
+	var there bool
+	if err := db.QueryRowContext(ctx, "SELECT EXISTS (SELECT FROM "+s.table+" WHERE version_id = $1)", req.Version).Scan(&there); err != nil {
+		return err
+	}
+	if there {
+		return errors.New("another run has applied it meanwhile: call it again")
+	}
+	return s.Store.Insert(ctx, db, req)
+}
+
 func (s *versionStore) CreateVersionTable(ctx context.Context, db database.DBTxConn) error {
 	if err := s.Store.CreateVersionTable(ctx, db); err != nil || !s.closed {
 		return err
@@ -374,6 +385,43 @@ func (l *ownerLock) SessionUnlock(context.Context, *sql.Conn) error {
 		return err
 	}
 	return nil
+}
+
+// openLocked opens a database of one connection, which is enough for migrations with a transaction: each of its transactions has the lock of ownerLock from its beginning. What
+// another run has applied before that, versionStore.Insert refuses, and it is rolled back.
+func openLocked(cc pgx.ConnConfig, table string) *sql.DB {
+	db := sql.OpenDB(lockedConnector{stdlib.GetConnector(cc), table})
+	db.SetMaxOpenConns(1)
+	return db
+}
+
+type lockedConnector struct {
+	driver.Connector
+	table string
+}
+
+func (c lockedConnector) Connect(ctx context.Context) (driver.Conn, error) {
+	conn, err := c.Connector.Connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return lockedConn{conn.(*stdlib.Conn), c.table}, nil
+}
+
+type lockedConn struct {
+	*stdlib.Conn
+	table string
+}
+
+func (c lockedConn) BeginTx(ctx context.Context, opts driver.TxOptions) (driver.Tx, error) {
+	tx, err := c.Conn.BeginTx(ctx, opts)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := c.Conn.Conn().Exec(ctx, "LOCK TABLE "+c.table+" IN SHARE UPDATE EXCLUSIVE MODE"); err != nil {
+		return nil, errors.Join(err, tx.Rollback())
+	}
+	return tx, nil
 }
 
 // schemaLock keeps two runs off one schema. goose's own locker has one lock id for a whole

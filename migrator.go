@@ -116,8 +116,8 @@ func (e *MigrateError) of(kind func(error) bool) (errs []error) {
 //
 // The error is [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady], [ErrNoProvisioner], [ErrNoMigrations], [ErrMigrationDirty], [ErrPrimaryUnavailable] or that of the migration.
 func (m *Migrator) Tenant(ctx context.Context, id ID) (Migrated, error) {
-	return m.at(ctx, opMigrate, id, false, func(ctx context.Context, p *place) (done Migrated, err error) {
-		e := m.tn.newest()
+	e := m.tn.newest()
+	return m.at(ctx, opMigrate, id, e, func(ctx context.Context, p *place) (done Migrated, err error) {
 		e.look = p.isolation != IsolationShared
 		done.Applied, err = m.tn.catalog.migratePlace(ctx, p, e)
 		return done, err
@@ -326,25 +326,36 @@ func (r *round) wave(ctx context.Context, tenants []int) {
 	}
 	parallel := r.o.Parallel
 	def(&parallel, r.m.tn.cfg.Limits.Provisions)
-	var g errgroup.Group
-	g.SetLimit(parallel)
-	for _, unit := range units {
-		g.Go(func() error {
-			if err := r.stopped(ctx); err != nil {
-				for _, i := range unit {
-					t := r.results[i].Tenant
-					r.results[i].Err = &Error{Op: opMigrate, Tenant: t.ID, Name: t.Name, Err: err}
-				}
-			} else if !r.migrate(ctx, unit) {
-				r.failures.Add(1)
+	var next atomic.Int64
+	var workers errgroup.Group
+	for range min(parallel, len(units)) {
+		workers.Go(func() error {
+			w := &worker{}
+			defer w.close()
+			for i := int(next.Add(1)) - 1; i < len(units); i = int(next.Add(1)) - 1 {
+				r.turn(ctx, units[i], w)
 			}
-			for _, i := range unit {
-				r.tell(i)
-			}
-			return nil // a tenant's failure is data, not the end of the run
+			return nil
 		})
 	}
-	_ = g.Wait()
+	_ = workers.Wait()
+	r.m.tn.feed.catchUp(ctx)
+}
+
+// turn is the unit's. A tenant's failure is data, not the end of the run.
+func (r *round) turn(ctx context.Context, unit []int, w *worker) {
+	if err := r.stopped(ctx); err != nil {
+		for _, i := range unit {
+			t := r.results[i].Tenant
+			r.results[i].Err = &Error{Op: opMigrate, Tenant: t.ID, Name: t.Name, Err: err}
+		}
+	} else if !r.migrate(ctx, unit, w) {
+		r.failures.Add(1)
+		w.close() // its sessions may be what failed
+	}
+	for _, i := range unit {
+		r.tell(i)
+	}
 }
 
 // stopped says why no other tenant is begun.
@@ -359,10 +370,10 @@ func (r *round) stopped(ctx context.Context) error {
 }
 
 // migrate migrates the schema of the unit. Where it has several tenants, the first one stands for them, unless something is wrong with that tenant itself.
-func (r *round) migrate(ctx context.Context, unit []int) (ok bool) {
+func (r *round) migrate(ctx context.Context, unit []int, w *worker) (ok bool) {
 	ok = true
 	for n, i := range unit {
-		e := &errand{to: r.o.UpTo, patience: r.o.LockPatience, look: r.fleet[i].drifted, crowded: r.o.Parallel > 0}
+		e := &errand{to: r.o.UpTo, patience: r.o.LockPatience, look: r.fleet[i].drifted, worker: w, crowded: r.o.Parallel > 0}
 		done, err := r.m.tenant(ctx, r.fleet[i].tenant.ID, e)
 		res := &r.results[i]
 		res.Version, res.Applied, res.Err = done.Version, done.Applied, err
@@ -394,14 +405,14 @@ func (r *round) end() ([]Migrated, error) {
 
 // tenant is the migration of one tenant.
 func (m *Migrator) tenant(ctx context.Context, id ID, e *errand) (done Migrated, err error) {
-	return m.at(ctx, opMigrate, id, e.crowded, func(ctx context.Context, p *place) (done Migrated, err error) {
+	return m.at(ctx, opMigrate, id, e, func(ctx context.Context, p *place) (done Migrated, err error) {
 		done.Applied, err = m.tn.catalog.migratePlace(ctx, p, e)
 		return done, err
 	})
 }
 
 // at runs fn on the tenant's place, alone among all nodes. Err of what it returns is the error, too.
-func (m *Migrator) at(ctx context.Context, op string, id ID, crowded bool, fn func(ctx context.Context, p *place) (Migrated, error)) (done Migrated, err error) {
+func (m *Migrator) at(ctx context.Context, op string, id ID, e *errand, fn func(ctx context.Context, p *place) (Migrated, error)) (done Migrated, err error) {
 	var name string
 	defer func() {
 		if err != nil {
@@ -409,7 +420,7 @@ func (m *Migrator) at(ctx context.Context, op string, id ID, crowded bool, fn fu
 			done.Err = err
 		}
 	}()
-	ctx, release, err := m.tn.primary.lockTenant(ctx, id)
+	ctx, release, err := e.worker.lockTenant(ctx, m.tn.primary, id)
 	if err != nil {
 		return done, err
 	}
@@ -423,7 +434,7 @@ func (m *Migrator) at(ctx context.Context, op string, id ID, crowded bool, fn fu
 	if err := migratable(p.tenant.State); err != nil && (op != opResolve || p.tenant.State != StateProvisioning) {
 		return done, err
 	}
-	if !crowded {
+	if !e.crowded {
 		finished, err := m.tn.slot(ctx)
 		if err != nil {
 			return done, err
@@ -453,19 +464,20 @@ func migratable(s State) error {
 func (m *Migrator) Down(ctx context.Context, id ID) (Migrated, error) {
 	const op = "migrate down"
 	c := m.tn.catalog
-	return m.at(ctx, op, id, false, func(ctx context.Context, p *place) (done Migrated, err error) {
+	return m.at(ctx, op, id, &errand{}, func(ctx context.Context, p *place) (done Migrated, err error) {
 		switch {
 		case m.tn.migrations.empty():
 			return done, errNoMigrations
 		case p.isolation == IsolationShared:
 			return done, invalid(fmt.Errorf("isolation: the tables of a tenant with %q are those of others, too: write a migration that takes it back", IsolationShared))
 		}
-		err = c.lendOwner(ctx, p, func(ctx context.Context, cc *pgx.ConnConfig) (err error) {
+		err = c.lendOwner(ctx, p, nil, func(ctx context.Context, cc *pgx.ConnConfig) (err error) {
 			done.Reverted, err = c.revert(ctx, cc, p)
 			return err
 		})
 		if done.Reverted > 0 || p.marked {
 			err = errors.Join(err, c.recordVersion(context.WithoutCancel(ctx), p))
+			m.tn.feed.catchUp(ctx)
 		}
 		return done, err
 	})
@@ -473,7 +485,7 @@ func (m *Migrator) Down(ctx context.Context, id ID) (Migrated, error) {
 
 // revert takes the newest migration back. It is marked before, because a version that is lower than the recorded one would be seen by nobody.
 func (c *Catalog) revert(ctx context.Context, cc *pgx.ConnConfig, p *place) (reverted int64, err error) {
-	if err := c.withGoose(ctx, cc, p, lockTimeout, func(r *run) error { return c.settle(ctx, r, p) }); err != nil {
+	if err := c.withGoose(ctx, cc, p, false, lockTimeout, func(r *run) error { return c.settle(ctx, r, p) }); err != nil {
 		return 0, err
 	}
 	version := p.version
@@ -493,7 +505,7 @@ func (c *Catalog) revert(ctx context.Context, cc *pgx.ConnConfig, p *place) (rev
 	if f.NoTransaction {
 		err = c.migrateAlone(ctx, cc, p, lockPatience, -version, down)
 	} else if err = c.mark(ctx, p, -version); err == nil {
-		err = untilFree(ctx, lockPatience, func() error { return c.withGoose(ctx, cc, p, lockTimeout, down) })
+		err = untilFree(ctx, lockPatience, func() error { return c.withGoose(ctx, cc, p, false, lockTimeout, down) })
 	}
 	if err != nil {
 		return 0, err
@@ -510,7 +522,7 @@ const opResolve = "resolve migration"
 // The error is that of [Migrator.Tenant], and [ErrInvalid] for a tenant that is not dirty at that version. A tenant with [IsolationShared] stands for all of its server.
 func (m *Migrator) Resolve(ctx context.Context, id ID, version int64, applied bool) error {
 	c := m.tn.catalog
-	_, err := m.at(ctx, opResolve, id, false, func(ctx context.Context, p *place) (done Migrated, err error) {
+	_, err := m.at(ctx, opResolve, id, &errand{}, func(ctx context.Context, p *place) (done Migrated, err error) {
 		var a area
 		if p.isolation == IsolationShared {
 			held, release, err := c.lockArea(ctx, p)
@@ -530,8 +542,8 @@ func (m *Migrator) Resolve(ctx context.Context, id ID, version int64, applied bo
 		if err := c.note(ctx, opResolve, id, map[string]any{"version": version, "applied": applied}); err != nil {
 			return done, err
 		}
-		if err := c.lendOwner(ctx, p, func(ctx context.Context, cc *pgx.ConnConfig) error {
-			return c.withGoose(ctx, cc, p, lockTimeout, func(r *run) error { return r.write(ctx, version, applied) })
+		if err := c.lendOwner(ctx, p, nil, func(ctx context.Context, cc *pgx.ConnConfig) error {
+			return c.withGoose(ctx, cc, p, false, lockTimeout, func(r *run) error { return r.write(ctx, version, applied) })
 		}); err != nil {
 			return done, err
 		}
@@ -539,6 +551,7 @@ func (m *Migrator) Resolve(ctx context.Context, id ID, version int64, applied bo
 		if p.isolation == IsolationShared {
 			return done, c.recordArea(ctx, p, a, a.state == "made")
 		}
+		defer m.tn.feed.catchUp(ctx)
 		return done, c.recordVersion(ctx, p)
 	})
 	return err

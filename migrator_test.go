@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -71,6 +72,40 @@ func versionIn(t *testing.T, f *tenancytest.Fleet, id tenancy.ID) int64 {
 	return ask[int64](t, f, "tenants", `SELECT max(version_id) FROM `+placeBriefly(t, f, id).table("goose_db_version"))
 }
 
+// toldProgress is what MigrateOptions.Progress was told.
+type toldProgress struct {
+	tb     testing.TB
+	inside atomic.Int32
+	all    []tenancy.MigrateProgress
+}
+
+func (told *toldProgress) tell(p tenancy.MigrateProgress) {
+	if told.inside.Add(1) != 1 {
+		told.tb.Error("told while it is told")
+	}
+	time.Sleep(2 * time.Millisecond) // for another one to come in
+	told.all = append(told.all, p)
+	told.inside.Add(-1)
+}
+
+// end checks that each tenant was told of once, and returns the last word.
+func (told *toldProgress) end(total int) (last tenancy.MigrateProgress) {
+	told.tb.Helper()
+	seen := map[tenancy.ID]bool{}
+	for i, p := range told.all {
+		before := told.all[max(i-1, 0)]
+		if p.Total != total || i == 0 && (p.Last.Tenant.ID != 0 || p.Done+p.NotBegun > 0) || i > 0 && (seen[p.Last.Tenant.ID] || p.Done+p.Failed+p.NotBegun != before.Done+before.Failed+before.NotBegun+1) {
+			told.tb.Errorf("told %+v after %+v", p, before)
+		}
+		seen[p.Last.Tenant.ID] = true
+		last = p
+	}
+	if last.Done+last.Failed+last.NotBegun != total {
+		told.tb.Errorf("the last word is %+v, want all of %d", last, total)
+	}
+	return last
+}
+
 func TestAPoisonTenantStopsNobodyElse(t *testing.T) {
 	t.Parallel()
 	f := tenancytest.NewFleet(t)
@@ -82,12 +117,16 @@ func TestAPoisonTenantStopsNobodyElse(t *testing.T) {
 	if err != nil || before.Newest != 2 || before.Tenants != 20 || before.Versions[1] != 20 || len(before.Behind) != 20 {
 		t.Errorf("before: %+v, %v", before, err)
 	}
-	plan, err := tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{DryRun: true})
+	plan, err := tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{DryRun: true, Progress: func(tenancy.MigrateProgress) { t.Error("a dry run has no progress") }})
 	if err != nil || len(plan) != 20 || len(plan[0].Pending) != 1 || plan[0].Pending[0].File != "00002_more.sql" || plan[0].Version != 1 {
 		t.Errorf("planned %+v, %v", plan, err)
 	}
-	done, err := tn.Migrator().All(t.Context())
+	told := &toldProgress{tb: t}
+	done, err := tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{Parallel: 6, Progress: told.tell})
 	failed := migrateError(t, done, err)
+	if p := told.end(20); p.Done != 19 || p.Failed != 1 || p.NotBegun != 0 {
+		t.Errorf("the run told of %+v", p)
+	}
 	if len(failed.Unwrap()) != 1 || sqlState(err) != "42701" || !strings.Contains(err.Error(), "1 of 20 tenants failed") || !strings.Contains(err.Error(), poison.Name) {
 		t.Errorf("the error is %v", err)
 	}
@@ -124,8 +163,13 @@ func TestACanaryThatFailsKeepsTheRestFromBeginning(t *testing.T) {
 		"a_percent":  {CanaryPercent: 1},
 		"stop_after": {StopAfter: 1, Parallel: 1},
 	} {
+		told := &toldProgress{tb: t}
+		o.Progress = told.tell
 		done, err := tn.Migrator().Run(t.Context(), o)
 		failed := migrateError(t, done, err)
+		if p := told.end(5); p.Done != 0 || p.Failed != 1 || p.NotBegun != 4 {
+			t.Errorf("%s: the run told of %+v", name, p)
+		}
 		if len(failed.Unwrap()) != 1 || !strings.Contains(err.Error(), "1 of 5 tenants failed, 4 were not begun") {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -153,8 +197,12 @@ func TestACanaryThatFailsKeepsTheRestFromBeginning(t *testing.T) {
 	} {
 		wantError(t, second(tn.Migrator().Run(t.Context(), o)), tenancy.ErrInvalid, name)
 	}
-	done, err = tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{Tenants: []tenancy.ID{999999}})
+	told := &toldProgress{tb: t}
+	done, err = tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{Tenants: []tenancy.ID{999999, tenants[1].ID}, Progress: told.tell})
 	migrateError(t, done, err)
+	if len(told.all) != 1 || told.all[0].Total != 1 || told.all[0].Failed != 1 {
+		t.Errorf("of one that cannot be migrated and one with nothing to do the run told %+v", told.all)
+	}
 	wantError(t, err, tenancy.ErrTenantNotFound, "999999")
 }
 
@@ -164,7 +212,7 @@ func TestTwoRunsAtOnceApplyEachMigrationOnce(t *testing.T) {
 	f := tenancytest.NewFleet(t)
 	tenants := several(t, f, 8)
 	files := notesAnd(t, "-- +goose Up\nINSERT INTO notes (tenant, title) VALUES ('counted', 'counted');\nSELECT pg_sleep(0.05);\n",
-		"-- +goose NO TRANSACTION\n-- +goose Up\nINSERT INTO notes (tenant, title) VALUES ('counted', 'counted');\n")
+		"-- +goose NO TRANSACTION\n-- +goose Up\nINSERT INTO notes (tenant, title) VALUES ('counted', 'counted');\nSELECT pg_sleep(0.05);\n")
 	applied := map[tenancy.ID]int{}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -193,13 +241,63 @@ func TestTwoRunsAtOnceApplyEachMigrationOnce(t *testing.T) {
 	}
 }
 
+// Both locks of a tenant's are had by somebody else: that of its schema, which holds without the primary's, and a version that another run has applied behind its back.
+func TestARunThatLostSightOfAnotherAppliesNothing(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tenants := several(t, f, 2)
+	locked, free := placeBriefly(t, f, tenants[0].ID), placeBriefly(t, f, tenants[1].ID)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, GoMigrations: []tenancy.GoMigration{{Version: 2, Up: func(ctx context.Context, tx *databasesql.Tx) error {
+		_, err := tx.ExecContext(ctx, "CREATE TABLE twice (); INSERT INTO goose_db_version (version_id, is_applied) VALUES (2, true)")
+		return err
+	}}}})
+	holder := f.Admin(t, "tenants")
+	must(t, holder, `BEGIN`)
+	must(t, holder, `LOCK TABLE `+locked.table("tenancy_marker")+` IN SHARE UPDATE EXCLUSIVE MODE`)
+	done, err := tn.Migrator().Run(t.Context(), tenancy.MigrateOptions{LockPatience: time.Millisecond})
+	migrateError(t, done, err)
+	if sqlState(done[0].Err) != "55P03" || !strings.Contains(fmt.Sprint(done[1].Err), "another run has applied it meanwhile") {
+		t.Errorf("%+v", done)
+	}
+	for _, p := range []placeRow{locked, free} {
+		if there := ask[bool](t, f, "tenants", `SELECT to_regclass($1) IS NOT NULL`, p.table("twice")); there {
+			t.Errorf("the migration has left its table in %s", p.Schema)
+		}
+	}
+}
+
+// The worker keeps its sessions, and no tenant.
+func TestARunLetsGoOfEachTenantThatIsDone(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	several(t, f, 2)
+	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant)})
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	done, err := tn.Migrator().Run(ctx, tenancy.MigrateOptions{Parallel: 1, Progress: func(p tenancy.MigrateProgress) {
+		if p.Last.Tenant.ID == 0 {
+			return
+		}
+		if m, err := tn.Migrator().Tenant(ctx, p.Last.Tenant.ID); err != nil || m.Version != 2 {
+			t.Errorf("while the run goes on: %+v, %v", m, err)
+		}
+		// What the run keeps is lost on its way to the next tenant.
+		for _, database := range []string{"primary", "tenants"} {
+			change(t, f, database, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND (application_name = 'tenancy provisioner' OR query = 'SELECT pg_advisory_unlock_all()')`)
+		}
+	}})
+	if err != nil || done[1].Version != 2 {
+		t.Errorf("%+v, %v", done, err)
+	}
+}
+
 func TestABusyTenantIsTriedAgainAndThenReported(t *testing.T) {
 	t.Parallel()
 	f := tenancytest.NewFleet(t)
 	tenants := several(t, f, 2)
 	busy, idle := tenants[0], tenants[1]
 	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant)})
-	holder := f.Admin(t, "tenants")
+	holder, admin := f.Admin(t, "tenants"), f.Admin(t, "tenants")
 	hold := `LOCK TABLE ` + placeBriefly(t, f, busy.ID).table("notes") + ` IN ACCESS SHARE MODE`
 	must(t, holder, `BEGIN`)
 	must(t, holder, hold)
@@ -208,17 +306,24 @@ func TestABusyTenantIsTriedAgainAndThenReported(t *testing.T) {
 	if sqlState(done[0].Err) != "55P03" || !strings.Contains(done[0].Err.Error(), "kept a table locked") || done[1].Err != nil || done[1].Tenant.ID != idle.ID || done[1].Version != 2 {
 		t.Errorf("%+v", done)
 	}
+	aside := placeBriefly(t, f, idle.ID).table("aside") // of the migration without a transaction, which waits for it and is not tried again
+	must(t, admin, `SET ROLE `+placeBriefly(t, f, idle.ID).Owner)
+	must(t, admin, `CREATE TABLE `+aside+` ()`)
+	must(t, admin, `RESET ROLE`)
+	must(t, holder, `LOCK TABLE `+aside+` IN ACCESS SHARE MODE`)
+	next := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant, "-- +goose NO TRANSACTION\n-- +goose Up\nCREATE TABLE IF NOT EXISTS aside ();\nALTER TABLE aside ADD COLUMN x int;\n")})
 	ended := make(chan error, 1)
-	go func() { ended <- second(tn.Migrator().All(t.Context())) }()
-	admin := f.Admin(t, "tenants")
-	until(t, 20*time.Second, "1", func() string { return waiting(t, admin, "tenancy migration") })
+	go func() { ended <- second(next.Migrator().All(t.Context())) }()
+	until(t, 20*time.Second, "2", func() string { return waiting(t, admin, "tenancy migration") })
 	time.Sleep(2200 * time.Millisecond) // past the first try
 	must(t, holder, `ROLLBACK`)
 	if err := <-ended; err != nil {
 		t.Error(err)
 	}
-	if v := versionIn(t, f, busy.ID); v != 2 {
-		t.Errorf("it is at %d", v)
+	for _, tenant := range tenants {
+		if v := versionIn(t, f, tenant.ID); v != 3 {
+			t.Errorf("%s is at %d", tenant.Name, v)
+		}
 	}
 }
 
@@ -233,9 +338,12 @@ func TestADirtyTenantIsRefusedUntilSomebodyHasLooked(t *testing.T) {
 	must(t, admin, `SET ROLE `+placeBriefly(t, f, globex.ID).Owner)
 	must(t, admin, `CREATE TABLE `+in(globex, "ready")+` ()`)
 	must(t, admin, `RESET ROLE`)
-	for range 2 {
+	for _, state := range []string{"42P01", "?"} { // the second time nothing is tried
 		done, err := tn.Migrator().All(t.Context())
 		migrateError(t, done, err)
+		if got := sqlState(done[0].Err); got != state {
+			t.Errorf("the cause is %s, want %s", got, state)
+		}
 		wantError(t, done[0].Err, tenancy.ErrMigrationDirty, acme.Name, "version 2", fmt.Sprintf("Migrator.Resolve(ctx, %d, 2, true)", acme.ID))
 		if done[1].Err != nil || done[1].Version != 2 {
 			t.Errorf("the other one: %+v", done[1])
@@ -393,6 +501,25 @@ func TestVerifyFindsADriftAndARunMendsIt(t *testing.T) {
 	}
 	must(t, admin, `DROP VIEW `+view.table("goose_db_version"))
 	must(t, admin, `ALTER TABLE `+view.table("kept")+` RENAME TO goose_db_version`)
+	// And whatever else would have the server run code of the tenant's, or needs a look.
+	version, spring := view.table("goose_db_version"), view.table("spring")
+	must(t, admin, `CREATE OR REPLACE FUNCTION `+spring+`() RETURNS bigint LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RAISE EXCEPTION ''sprung by %'', current_user; END'`)
+	must(t, admin, `CREATE DOMAIN `+view.table("sort")+` AS bigint`)
+	for name, trap := range map[string][2]string{
+		"a_policy":              {`ALTER TABLE ` + version + ` ENABLE ROW LEVEL SECURITY; CREATE POLICY p ON ` + version + ` USING (` + spring + `() > 0)`, `DROP POLICY p ON ` + version + `; ALTER TABLE ` + version + ` DISABLE ROW LEVEL SECURITY`},
+		"another_type":          {`ALTER TABLE ` + version + ` ALTER version_id TYPE ` + view.table("sort"), `ALTER TABLE ` + version + ` ALTER version_id TYPE bigint`},
+		"an_index_of_a_part":    {`CREATE INDEX trapped ON ` + version + ` (id) WHERE version_id > 0`, `DROP INDEX ` + view.table("trapped")},
+		"an_index_of_a_formula": {`CREATE INDEX trapped ON ` + version + ` ((version_id + 1))`, `DROP INDEX ` + view.table("trapped")},
+		"statistics":            {`CREATE STATISTICS ` + view.table("trapped") + ` ON id, version_id FROM ` + version, `DROP STATISTICS ` + view.table("trapped")},
+		"no_table":              {`ALTER TABLE ` + version + ` RENAME TO kept`, `ALTER TABLE ` + view.table("kept") + ` RENAME TO goose_db_version`},
+	} {
+		must(t, admin, trap[0])
+		drifts, err := m.Verify(t.Context(), tenants[2].ID)
+		if err != nil || len(drifts) != 1 || drifts[0].Err == nil || !strings.Contains(drifts[0].Err.Error(), "no table goose_db_version as goose makes it") {
+			t.Errorf("%s: %+v, %v", name, drifts, err)
+		}
+		must(t, admin, trap[1])
+	}
 	if done, err := m.All(t.Context()); err != nil || len(done[0].Applied) > 0 {
 		t.Errorf("without Verify: %+v, %v", done[0], err)
 	}
@@ -452,6 +579,9 @@ func TestMigratingProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg.Migrations = killedMigrations(t)
+	if os.Getenv("TENANCY_TEST_MIGRATES") == "alone" {
+		cfg.Migrations = notesAnd(t, oncePerTenant, dyingAlone)
+	}
 	tn, err := tenancy.Open(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -487,7 +617,7 @@ func TestARunThatIsKilledIsFinishedByTheNext(t *testing.T) {
 		}
 		t.Cleanup(func() { kill(cmd) })
 		sum := func() int { return scan[int](t, primary, `SELECT sum(version)::int FROM tenancy.data_sources`) }
-		for before, end := sum(), time.Now().Add(20*time.Second); sum() == before && time.Now().Before(end) && i%2 == 0; { // every other one as soon as it has done something
+		for before, end := sum(), time.Now().Add(20*time.Second); i%2 == 0 && before < 6*5 && sum() == before && time.Now().Before(end); { // every other one as soon as it has done something
 			time.Sleep(time.Millisecond)
 		}
 		time.Sleep(time.Duration(37*i%200) * time.Millisecond)
@@ -511,6 +641,68 @@ func TestARunThatIsKilledIsFinishedByTheNext(t *testing.T) {
 	}
 	if s, err := tn.Migrator().Status(t.Context()); err != nil || s.Versions[5] != 6 || len(s.Dirty) > 0 {
 		t.Errorf("%+v, %v", s, err)
+	}
+}
+
+// dyingAlone is at work until its session ends.
+const dyingAlone = "-- +goose NO TRANSACTION\n-- +goose Up\nCREATE TABLE half (id int);\nSELECT pg_sleep(60);\n"
+
+// The process dies in the middle of what nothing rolls back, while another run waits for its tenant.
+func TestAProcessThatDiesWithoutATransactionLeavesADirtyTenant(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tenants := several(t, f, 2)
+	acme, globex := tenants[0], tenants[1]
+	tn := f.Open(t, tenancy.Config{Migrations: notesAnd(t, oncePerTenant, dyingAlone)})
+	if err := tn.Migrator().Pin(t.Context(), globex.ID, 1); err != nil {
+		t.Fatal(err)
+	}
+	holder := f.Admin(t, "tenants") // keeps the process from what it dies in until the other run waits behind it
+	must(t, holder, `BEGIN`)
+	must(t, holder, `LOCK TABLE `+placeBriefly(t, f, acme.ID).table("notes")+` IN ACCESS SHARE MODE`)
+	cmd := exec.Command(os.Args[0], "-test.run=^TestMigratingProcess$")
+	cmd.Env = append(os.Environ(), "TENANCY_TEST_MIGRATES=alone", "TENANCY_PRIMARY_URL="+f.PrimaryURL, "TENANCY_KEYS="+f.KeyText)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { kill(cmd) })
+	admin, half := f.Admin(t, "tenants"), placeBriefly(t, f, acme.ID).table("half")
+	until(t, 20*time.Second, "1", func() string { return waiting(t, admin, "tenancy migration") })
+	ended := make(chan error, 1)
+	go func() { ended <- second(tn.Migrator().All(t.Context())) }()
+	primary := f.Admin(t, "primary")
+	until(t, 20*time.Second, "1", func() string {
+		return fmt.Sprint(scan[int](t, primary, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`))
+	})
+	must(t, holder, `ROLLBACK`)
+	until(t, 20*time.Second, "true", func() string { return fmt.Sprint(scan[bool](t, admin, `SELECT to_regclass($1) IS NOT NULL`, half)) })
+	dirty := func() string {
+		s, err := tn.Migrator().Status(t.Context())
+		var list [][2]int64
+		for _, d := range s.Dirty {
+			list = append(list, [2]int64{int64(d.Tenant.ID), d.Dirty})
+		}
+		return fmt.Sprint(list, err)
+	}
+	if got := dirty(); got != "[] <nil>" {
+		t.Errorf("while it is at work %s are dirty", got)
+	}
+	killAtWork(t, cmd)
+	bury(t, f, cmd)
+	err := <-ended
+	wantError(t, err, tenancy.ErrMigrationDirty, acme.Name)
+	if state := sqlState(err); state != "?" {
+		t.Errorf("it was begun again: %s", state)
+	}
+	until(t, 5*time.Second, fmt.Sprintf("[[%d 3]] <nil>", acme.ID), dirty)
+	if v := versionIn(t, f, globex.ID); v != 1 {
+		t.Errorf("the other one is at %d", v)
+	}
+	if err := tn.Migrator().Resolve(t.Context(), acme.ID, 3, true); err != nil {
+		t.Fatal(err)
+	}
+	if done, err := tn.Migrator().All(t.Context()); err != nil || done[0].Version != 3 || dirty() != "[] <nil>" {
+		t.Errorf("%+v, %v, %s", done, err, dirty())
 	}
 }
 

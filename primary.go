@@ -283,10 +283,11 @@ func (p *primaryDB) record(ctx context.Context, q querier, id ID) (*record, erro
 	var sealed, shared []byte
 	var dense denseSource
 	t, err := p.scanTenant(q.QueryRow(ctx, `SELECT `+tenantColumns+`, t.message, t.retry_after, d.sealed,
-		coalesce(d.dense_role, ''), coalesce(d.server, 0), coalesce(l.generation, 0), l.sealed
+		coalesce(d.dense_role, ''), coalesce(d.server, 0), coalesce(l.generation, 0), l.sealed,
+		coalesce((SELECT a.version FROM tenancy.shared_areas a WHERE d.isolation = 'shared' AND a.server = d.server), d.version, 0)
 		FROM tenancy.tenants t LEFT JOIN tenancy.data_sources d ON d.id = t.data_source
 		LEFT JOIN tenancy.dense_logins l ON t.dense AND d.dense AND d.dense_role <> '' AND l.server = d.server AND l.isolation = d.isolation WHERE t.id = $1`, id),
-		&r.message, &seconds, &sealed, &r.denseRole, &dense.server, &dense.generation, &shared)
+		&r.message, &seconds, &sealed, &r.denseRole, &dense.server, &dense.generation, &shared, &r.version)
 	if err != nil {
 		return nil, err
 	}
@@ -331,8 +332,10 @@ func audit(ctx context.Context, tx pgx.Tx, action string, tenant ID, detail map[
 //
 // The returned context ends when the lock is lost: what goes on then could meet another node's work on the same tenant.
 func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
-	return p.lock(ctx, id, `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))::text IS NOT NULL`, id)
+	return p.lock(ctx, id, takeTenant, id)
 }
+
+const takeTenant = `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))::text IS NOT NULL`
 
 // tryLockTenant is lockTenant for who has other things to do: it is errLocked at once when a verb has the lock.
 func (p *primaryDB) tryLockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
@@ -365,9 +368,16 @@ func (p *primaryDB) hold(ctx context.Context, id ID, take string, key any, done 
 		done()
 		return nil, nil, unavailable("lock", err)
 	}
+	return p.holdOn(ctx, conn, id, take, key, func() {
+		closeConn(conn)
+		done()
+	})
+}
+
+// holdOn is hold on a connection that is there. done gives up what was taken on it.
+func (p *primaryDB) holdOn(ctx context.Context, conn *pgx.Conn, id ID, take string, key any, done func()) (held context.Context, release func(), err error) {
 	taken := false
 	if err := conn.QueryRow(ctx, take, key).Scan(&taken); err != nil || !taken {
-		closeConn(conn)
 		done()
 		switch {
 		case err == nil:
@@ -395,7 +405,6 @@ func (p *primaryDB) hold(ctx context.Context, id ID, take string, key any, done 
 		<-watched
 		lost(nil)
 		end(nil)
-		closeConn(conn)
 		done()
 	}, nil
 }

@@ -438,40 +438,41 @@ func (c *Catalog) migratePlace(ctx context.Context, p *place, e *errand) (applie
 	if !e.look && p.migrating == 0 && was >= p.upTo(e.to) { // another run came first
 		return nil, nil
 	}
-	err = c.lendOwner(ctx, p, func(ctx context.Context, cc *pgx.ConnConfig) (err error) {
+	err = c.lendOwner(ctx, p, e.worker, func(ctx context.Context, cc *pgx.ConnConfig) (err error) {
 		applied, err = c.migrateAs(ctx, cc, p, e)
 		return err
 	})
 	if len(applied) > 0 || p.version != was || p.marked {
 		err = errors.Join(err, c.recordVersion(context.WithoutCancel(ctx), p))
+		if e.worker == nil { // a run does it at its end
+			c.tn.feed.catchUp(ctx)
+		}
 	}
 	return applied, err
 }
 
-// lendOwner is asOwner on a session of the provisioner's that is opened for it.
-func (c *Catalog) lendOwner(ctx context.Context, p *place, fn func(ctx context.Context, cc *pgx.ConnConfig) error) error {
-	conn, err := p.provisionerConn(ctx)
+// lendOwner is asOwner on the worker's session of the provisioner's, or on one that is opened for it.
+func (c *Catalog) lendOwner(ctx context.Context, p *place, w *worker, fn func(ctx context.Context, cc *pgx.ConnConfig) error) error {
+	conn, done, err := w.provisionerOf(ctx, p)
 	if err != nil {
 		return err
 	}
-	defer closeConn(conn)
+	defer done()
 	return c.asOwner(ctx, conn, p, fn)
 }
 
 // recordVersion writes the version to the catalog, and moves the tenant to a new generation:
-// pools that cached plans of the old tables are replaced.
+// pools that cached plans of the old tables are replaced. Whoever calls it has this node's feed catch up.
 func (c *Catalog) recordVersion(ctx context.Context, p *place) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	return c.write(ctx, "record version", p.tenant.ID, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET version = $2, migrating = nullif($3::bigint, 0), updated = now() WHERE id = $1`, p.id, p.version, p.migrating); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET generation = generation + 1, updated = now() WHERE id = $1`, p.tenant.ID); err != nil {
-			return err
-		}
-		return changed(ctx, tx, "tenant", p.tenant.ID, "")
-	})
+	return refusal("record version", c.tn.primary.transact(ctx, func(tx pgx.Tx) error {
+		// Both rows first: what changed locks comes last in a transaction.
+		_, err := tx.Exec(ctx, `WITH place AS (UPDATE tenancy.data_sources SET version = $2, migrating = nullif($3::bigint, 0), updated = now() WHERE id = $1 RETURNING id),
+			tenant AS (UPDATE tenancy.tenants SET generation = generation + 1, updated = now() WHERE id = $4 RETURNING id)
+			SELECT tenancy.changed('tenant', tenant.id, NULL) FROM place, tenant`, p.id, p.version, p.migrating, p.tenant.ID)
+		return err
+	}))
 }
 
 // errand is what is asked of the migration of one place.
@@ -479,6 +480,7 @@ type errand struct {
 	to       int64         // the newest version that is wanted
 	patience time.Duration // for the locks of others
 	look     bool          // at the schema, whatever version is recorded
+	worker   *worker       // of the run; nil: none
 	crowded  bool          // its run has a bound of its own on how many there are at once
 	area     error         // out: that of the shared schema, which is that of all its tenants
 }
@@ -538,7 +540,7 @@ func untilFree(ctx context.Context, patience time.Duration, try func() error) er
 func (c *Catalog) migrateOnce(ctx context.Context, cc *pgx.ConnConfig, p *place, e *errand) (applied []int64, err error) {
 	for {
 		var alone int64
-		err := c.withGoose(ctx, cc, p, lockTimeout, func(r *run) error {
+		err := c.withGoose(ctx, cc, p, true, lockTimeout, func(r *run) error {
 			if err := c.settle(ctx, r, p); err != nil {
 				return err
 			}
@@ -565,7 +567,7 @@ func (c *Catalog) migrateAlone(ctx context.Context, cc *pgx.ConnConfig, p *place
 	if err := c.mark(ctx, p, version); err != nil {
 		return err
 	}
-	err := c.withGoose(ctx, cc, p, max(patience, lockTimeout), fn)
+	err := c.withGoose(ctx, cc, p, false, max(patience, lockTimeout), fn)
 	if _, begun := errors.AsType[*stepError](err); begun {
 		return fmt.Errorf("%w: %w", c.dirty(p), err)
 	}
@@ -618,19 +620,22 @@ func (c *Catalog) dirty(p *place) error {
 		version, what, p.source.Schema, p.tenant.ID, version)
 }
 
-// withGoose runs fn with goose on the place's schema, and looks at the version that came of it.
-func (c *Catalog) withGoose(ctx context.Context, cc *pgx.ConnConfig, p *place, lockTimeout time.Duration, fn func(r *run) error) error {
+// withGoose runs fn with goose on the place's schema, and looks at the version that came of it. inTx is that all that fn applies has a transaction.
+func (c *Catalog) withGoose(ctx context.Context, cc *pgx.ConnConfig, p *place, inTx bool, lockTimeout time.Duration, fn func(r *run) error) error {
 	m := c.tn.migrations
 	m.guard = markerTable
 	cc = cc.Copy()
 	cc.RuntimeParams["lock_timeout"] = strconv.FormatInt(lockTimeout.Milliseconds(), 10)
-	db := stdlib.OpenDB(*cc)
-	defer db.Close()
-	if p.isolation == IsolationShared {
-		db.SetMaxOpenConns(2) // the area's lock has the third
+	var db *sql.DB
+	if m.each = inTx; inTx {
+		db = openLocked(*cc, ident.Quote(p.source.Schema, m.guard))
 	} else {
+		db = stdlib.OpenDB(*cc)
+		db.SetMaxOpenConns(2) // goose holds one, its lock another
+	}
+	defer db.Close()
+	if p.isolation != IsolationShared {
 		m.reader = p.runtime
-		db.SetMaxOpenConns(3) // goose holds one, its lock another
 		if err := installFunctions(ctx, db, p); err != nil {
 			return err
 		}
@@ -656,6 +661,9 @@ func installFunctions(ctx context.Context, db *sql.DB, p *place) error {
 	}
 	defer conn.Close()
 	return conn.Raw(func(driver any) error {
+		if locked, ok := driver.(lockedConn); ok {
+			driver = locked.Conn
+		}
 		return rowsec.InstallSchemaModel(ctx, driver.(*stdlib.Conn).Conn(), p.source.Schema, p.owner, p.number())
 	})
 }
@@ -831,7 +839,7 @@ func endSessions(ctx context.Context, conn *pgx.Conn, roles []string) error {
 func endListed(ctx context.Context, conn *pgx.Conn, roles []string, looks int) error {
 	ctx, cancel := context.WithTimeout(ctx, endTimeout)
 	defer cancel()
-	for quiet := 0; ; {
+	for quiet, pause := 0, time.Millisecond; ; pause = min(2*pause, 10*time.Millisecond) {
 		left, err := terminate(ctx, conn, roles)
 		if err != nil {
 			return fmt.Errorf("end sessions: %w", err)
@@ -844,7 +852,7 @@ func endListed(ctx context.Context, conn *pgx.Conn, roles []string, looks int) e
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("end sessions: %d of %v are left: %w", left, roles, ctx.Err())
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(pause):
 		}
 	}
 }

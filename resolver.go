@@ -95,7 +95,7 @@ func (e *AmbiguousError) Unwrap() error { return ErrAmbiguousTenant }
 //     and two places that disagree, are [ErrTenantNotFound].
 //
 // For members a tenant that is out of service is [ErrTenantSuspended], [ErrTenantMaintenance], [ErrTenantGone] or
-// [ErrTenantNotReady]; an active one that this node does not serve is a [*NotServedError], for guests too. Other errors: [ErrInvalid],
+// [ErrTenantNotReady], as is one whose schema is older than [Config].MinVersion ([ErrSchemaBehind]); an active one that this node does not serve is a [*NotServedError], for guests too. Other errors: [ErrInvalid],
 // [ErrTenantMismatch] inside a transaction of another tenant, [ErrPrimaryUnavailable] (never "not found"), [ErrClosed].
 //
 // With Config.SingleTenant everyone gets that tenant.
@@ -152,7 +152,7 @@ func (tn *Tenancy) Resolve(ctx context.Context, q Query) (context.Context, error
 
 // outOfService reports whether err is a state of the tenant, which is its members' to know.
 func outOfService(err error) bool {
-	for _, state := range []error{ErrTenantSuspended, ErrTenantMaintenance, ErrTenantGone, ErrTenantNotReady} {
+	for _, state := range []error{ErrTenantSuspended, ErrTenantMaintenance, ErrTenantGone, ErrTenantNotReady, ErrSchemaBehind} {
 		if errors.Is(err, state) {
 			return true
 		}

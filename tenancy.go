@@ -141,6 +141,9 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 	if err != nil {
 		return nil, err
 	}
+	if _, known := m.find(cfg.MinVersion); cfg.MinVersion > 0 && !known {
+		return nil, invalid(fmt.Errorf("Config.MinVersion is %d: Config.Migrations has no migration of that version; the newest is %d", cfg.MinVersion, m.newest()))
+	}
 	servers := newServers(cfg.Limits)
 	host, err := hostConfig(cfg, servers)
 	if err != nil {

@@ -18,6 +18,7 @@ type view struct {
 	primary *primaryDB
 	store   Store  // Config.Store; nil: the primary
 	share   *share // nil: this node serves every tenant
+	least   int64  // Config.MinVersion
 	records *lookup[ID, *record]
 	stored  *lookup[ID, *record] // records with the store's word; nil without a store
 	names   *lookup[string, ID]
@@ -39,7 +40,7 @@ type record struct {
 	checked   uint64 // atomic, and first so that it is aligned on 32 bits too: view.changes, one more, when this record was last looked up
 	view      *view  // that looked it up: a context can carry the record of another node
 	elsewhere *share // who knows the nodes that serve it; nil: this one does
-	sourceErr error  // why source is unusable: this tenant is refused, the others are not
+	sourceErr error  // why source is unusable, or of no use to this node's code: this tenant is refused, the others are not
 
 	tenant     Tenant
 	message    string
@@ -47,6 +48,7 @@ type record struct {
 	source     DataSource   // how to reach its data, with the password
 	dense      *denseSource // the shared pool that its calls go through; nil: one of its own
 	denseRole  string
+	version    int64 // of its schema, as recorded; not in a record with the store's word
 }
 
 // Format keeps the login inside from being printed by a stray %+v.
@@ -63,7 +65,7 @@ type member struct {
 }
 
 func newView(primary *primaryDB, store Store, cfg Config) (*view, error) {
-	v := &view{primary: primary, store: store}
+	v := &view{primary: primary, store: store, least: cfg.MinVersion}
 	if len(cfg.OnlyTenants) > 0 {
 		v.share = &share{only: cfg.OnlyTenants, address: cfg.NodeAddress}
 	}
@@ -208,6 +210,9 @@ func (v *view) await(ctx context.Context, read <-chan struct{}) {
 	}
 }
 
+// behindRetryAfter is when to look again whether a tenant was migrated: it may be the next one of a run.
+const behindRetryAfter = 10 * time.Second
+
 // served says whether the tenant may be served now, as an error of the state's class.
 func (r *record) served(op string) error {
 	fail := func(class error, after time.Duration) error {
@@ -216,7 +221,11 @@ func (r *record) served(op string) error {
 	switch r.tenant.State {
 	case StateActive:
 		if r.sourceErr != nil {
-			return fail(r.sourceErr, 0)
+			after := time.Duration(0)
+			if errors.Is(r.sourceErr, ErrSchemaBehind) {
+				after = behindRetryAfter
+			}
+			return fail(r.sourceErr, after)
 		}
 		if r.elsewhere != nil {
 			return fail(&NotServedError{Nodes: r.elsewhere.elsewhere(r.tenant.Name)}, 0)
@@ -283,6 +292,9 @@ func (v *view) loadRecord(ctx context.Context, id ID) (*record, bool, error) {
 		return nil, false, err
 	}
 	r.view = v
+	if r.version < v.least && r.sourceErr == nil {
+		r.sourceErr = hinted(ErrSchemaBehind, "it is at version %d, and Config.MinVersion is %d: call Migrator.Run", r.version, v.least)
+	}
 	if !v.share.has(r.tenant.Name) {
 		r.elsewhere = v.share
 	}

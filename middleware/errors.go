@@ -70,6 +70,8 @@ var answers = []answer{
 	{class: tenancy.ErrTenantGone, status: http.StatusGone, name: "tenant-gone", title: "Tenant was deleted", members: true},
 	{class: tenancy.ErrTenantNotReady, status: http.StatusServiceUnavailable, name: "tenant-not-ready", title: "Tenant is being set up",
 		retry: time.Second, members: true},
+	{class: tenancy.ErrSchemaBehind, status: http.StatusServiceUnavailable, name: "tenant-updating", title: "Tenant is being updated",
+		retry: 10 * time.Second, members: true},
 	{class: tenancy.ErrTenantNotFound, status: http.StatusNotFound, name: "tenant-not-found", title: "No such tenant"},
 	// Not 421: a handler met it, after work that a balancer must not repeat elsewhere.
 	{class: tenancy.ErrNotServed, status: http.StatusServiceUnavailable, name: "tenant-unavailable",

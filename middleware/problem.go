@@ -34,7 +34,7 @@ type Problem struct {
 //	410  [tenancy.ErrTenantGone]
 //	421  [tenancy.ErrNotServed] from [Middleware.Tenant], with the nodes that serve the tenant; 503 where a handler meets it
 //	400  [tenancy.ErrInvalid]
-//	503  [tenancy.ErrTenantMaintenance], [tenancy.ErrTenantNotReady], [tenancy.ErrPrimaryUnavailable],
+//	503  [tenancy.ErrTenantMaintenance], [tenancy.ErrTenantNotReady], [tenancy.ErrSchemaBehind], [tenancy.ErrPrimaryUnavailable],
 //	     [tenancy.ErrTenantUnavailable], [tenancy.ErrBusy], [tenancy.ErrClosed], a deadline, and these answers of the server: 57P03 (it restarts), 25006 (it
 //	     is read-only), 57014 (the statement took too long), for safe methods 57P01 and 57P02 (it ended the session): with Retry-After
 //	499  the caller hung up

@@ -34,6 +34,7 @@ func TestEveryClassOfErrorHasItsStatus(t *testing.T) {
 		{"retry_is_rounded_up", op(tenancy.Error{Err: tenancy.ErrTenantNotReady, RetryAfter: 1001 * time.Millisecond}), 503, "tenant-not-ready", "2", ""},
 		{"gone", op(tenancy.Error{Err: tenancy.ErrTenantGone}), 410, "tenant-gone", "", ""},
 		{"not_ready", tenancy.ErrTenantNotReady, 503, "tenant-not-ready", "1", ""},
+		{"behind", op(tenancy.Error{Err: fmt.Errorf("%w: canary", tenancy.ErrSchemaBehind)}), 503, "tenant-updating", "10", ""},
 		{"not_found", tenancy.ErrTenantNotFound, 404, "tenant-not-found", "", ""},
 		{"not_served_in_a_handler", tenancy.ErrNotServed, 503, "tenant-unavailable", "1", ""},
 		{"primary_unavailable", op(tenancy.Error{Err: fmt.Errorf("%w: %s", tenancy.ErrPrimaryUnavailable, secret), RetryAfter: 3 * time.Second}), 503, "unavailable", "3", ""},
@@ -92,7 +93,7 @@ func TestCallerWhoHungUpIsNoFailureOfTheService(t *testing.T) {
 
 func TestAnonymousCallersLearnNothingOfATenantsState(t *testing.T) {
 	r := httptest.NewRequestWithContext(tenancy.AsHost(t.Context()), "GET", "/", nil) // a session without a user
-	for _, err := range []error{tenancy.ErrTenantSuspended, tenancy.ErrTenantMaintenance, tenancy.ErrTenantGone, tenancy.ErrTenantNotReady, tenancy.ErrTenantNotFound} {
+	for _, err := range []error{tenancy.ErrTenantSuspended, tenancy.ErrTenantMaintenance, tenancy.ErrTenantGone, tenancy.ErrTenantNotReady, tenancy.ErrSchemaBehind, tenancy.ErrTenantNotFound} {
 		w := httptest.NewRecorder()
 		tenantmw.ProblemOf(r, &tenancy.Error{Op: "query", Err: err, Message: "unpaid", RetryAfter: time.Minute}).Write(w)
 		p := wantProblem(t, w, http.StatusNotFound)
