@@ -30,14 +30,15 @@ type Place struct {
 	Schema string
 	// Roles are the place's, each with what stands for it, such as {owner}.
 	Roles map[string]string
-	// Runtime is what stands for the group of the tenant's logins. What PUBLIC may do with a routine or a sequence counts as the group's: a reader
-	// takes it from PUBLIC and gives it to the group, and nobody else may use the schema.
-	Runtime string
-	// Without are roles whose grants do not count, such as a reader.
-	Without []string
+	// Without is a role whose grants do not count, a reader; "": none.
+	Without string
 	// Number is the tenant's, which the functions that the library installs have in their bodies.
 	Number int64
 }
+
+// Runtime stands for the group of the tenant's logins. What PUBLIC may do with a routine or a sequence counts as the group's: a reader
+// takes it from PUBLIC and gives it to the group, and nobody else may use the schema.
+const Runtime = "{runtime}"
 
 // Object is one thing in a schema, as the server prints it.
 type Object struct {
@@ -159,20 +160,18 @@ const grant = "grant"
 
 // add takes an object. role is whom a grant is to, or who owns it.
 func (r *reading) add(o Object, role string) {
-	if role != "" {
-		if slices.Contains(r.place.Without, role) {
-			return
-		}
-		if stand, ok := r.place.Roles[role]; ok {
-			role = stand
-		}
+	if role != "" && role == r.place.Without {
+		return
+	}
+	if stand, ok := r.place.Roles[role]; ok {
+		role = stand
 	}
 	switch o.Kind {
 	case "owner":
 		o.Definition = role
 	case grant, "default privileges":
 		if what, _, _ := strings.Cut(o.Name, " "); o.Kind == grant && role == "public" && (what == "function" || what == "procedure" || what == "aggregate" || what == "sequence") {
-			role = r.place.Runtime
+			role = Runtime
 		}
 		if role == "public" {
 			role = "everybody"
