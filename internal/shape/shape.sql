@@ -61,7 +61,7 @@ WHERE k.connamespace = ANY($1) AND c.relnamespace = ANY($1) AND k.contype IN ('c
 SELECT i.relnamespace, 'index', i.relname::text, t.relname::text, '', pg_get_indexdef(i.oid) || CASE WHEN x.indisvalid THEN '' ELSE ', invalid' END
 FROM pg_class i JOIN pg_index x ON x.indexrelid = i.oid JOIN pg_class t ON t.oid = x.indrelid
 WHERE i.relnamespace = ANY($1) AND i.relkind IN ('i', 'I')
-    AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.oid AND k.connamespace = ANY($1) AND k.contype IN ('p', 'u', 'x'));
+    AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = x.indrelid AND k.conindid = i.oid AND k.contype IN ('p', 'u', 'x'));
 
 -- Rules, but for those that are views.
 SELECT c.relnamespace, 'rule', c.relname || '.' || r.rulename, c.relname::text, '', pg_get_ruledef(r.oid) || CASE r.ev_enabled WHEN 'O' THEN '' WHEN 'D' THEN ' disabled' WHEN 'R' THEN ' enabled on replicas' ELSE ' always enabled' END
