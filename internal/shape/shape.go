@@ -182,7 +182,7 @@ func (r *reading) add(o Object, role string) {
 			o.Definition = r.num.ReplaceAllString(o.Definition, "${1}{tenant}")
 		}
 	}
-	o.Name, o.of, o.Definition = r.own(o.Name), r.own(o.of), r.own(o.Definition)
+	o.Name, o.of, o.Definition = r.own(o.Name), r.own(o.of), restored(r.own(o.Definition))
 	k := key{o.Kind, o.Name}
 	if before, twice := r.to.objects[k]; twice && o.Kind == grant { // to two logins, or to the group and to PUBLIC
 		rights := append(strings.Split(before.Definition, ", "), strings.Split(o.Definition, ", ")...)
@@ -200,6 +200,22 @@ func (r *reading) own(text string) string {
 		}
 	}
 	return text
+}
+
+var (
+	textList    = regexp.MustCompile(`\(ARRAY\[(` + textElement.String() + `(?:, ` + textElement.String() + `)*)\]\)::text\[\]`)
+	textElement = regexp.MustCompile(`E?'(?:[^']|'')*'::character varying`)
+)
+
+// restored writes IN of a character varying as the server prints it after a dump and a restore. All else that it prints, it reads as the same.
+func restored(definition string) string {
+	if !strings.Contains(definition, "])::text[]") {
+		return definition
+	}
+	return textList.ReplaceAllStringFunc(definition, func(list string) string {
+		list = strings.TrimSuffix(strings.TrimPrefix(list, "("), ")::text[]")
+		return textElement.ReplaceAllString(list, "($0)::text")
+	})
 }
 
 // Difference is an object that is not the same in two schemas.
@@ -252,13 +268,17 @@ func parents(s Shape) map[string]bool {
 	return names
 }
 
-// String tells a missing object, one too many and a different one apart. Definitions are quoted: a tenant can have written them.
+// String tells a missing object, one too many and a different one apart, on one line that a terminal shows as it is: a tenant can have written names and definitions.
 func (d Difference) String() string {
+	object := d.Object
+	if quoted := strconv.Quote(object); quoted != `"`+object+`"` {
+		object = quoted
+	}
 	switch {
 	case d.Has == "":
-		return fmt.Sprintf("missing %s %s: wants %q", d.Kind, d.Object, d.Wants)
+		return fmt.Sprintf("missing %s %s: wants %q", d.Kind, object, d.Wants)
 	case d.Wants == "":
-		return fmt.Sprintf("extra %s %s: has %q", d.Kind, d.Object, d.Has)
+		return fmt.Sprintf("extra %s %s: has %q", d.Kind, object, d.Has)
 	}
-	return fmt.Sprintf("%s %s: has %q, wants %q", d.Kind, d.Object, d.Has, d.Wants)
+	return fmt.Sprintf("%s %s: has %q, wants %q", d.Kind, object, d.Has, d.Wants)
 }
