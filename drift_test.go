@@ -323,11 +323,15 @@ func TestDriftRunsNoCodeOfATenants(t *testing.T) {
 	f, tn := driftFleet(t)
 	acme, globex := makeIn(t, tn, "acme", tenancy.IsolationSchema), makeIn(t, tn, "globex", tenancy.IsolationSchema)
 	admin, place := f.Admin(t, "tenants"), placeOf(t, f, acme.ID)
-	s := pgx.Identifier{place.Schema}.Sanitize()
-	must(t, admin, `BEGIN; SET LOCAL ROLE `+place.Owner+`; SET LOCAL search_path = `+s+`, pg_catalog;
-		CREATE FUNCTION trap() RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN RAISE 'a trap of the tenant was stepped on'; END $$;
-		CREATE FUNCTION trap(a anyelement) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN RAISE 'a trap of the tenant was stepped on'; END $$;
-		CREATE FUNCTION trap(a anyelement, b anyelement) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN RAISE 'a trap of the tenant was stepped on'; END $$;
+	server, err := pgx.ParseConfig(f.ServerURL)
+	if err != nil {
+		t.Fatal("the server's URL cannot be parsed")
+	}
+	run := strings.NewReplacer("{s}", pgx.Identifier{place.Schema}.Sanitize(), "{owner}", place.Owner, "{provisioner}", server.User,
+		"{trap}", `LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN IF session_user = '`+server.User+`' THEN RAISE 'a trap of the tenant was stepped on'; END IF; RETURN NULL; END $$`)
+	must(t, admin, run.Replace(`BEGIN; SET LOCAL ROLE {owner}; SET LOCAL search_path = {s}, pg_catalog;
+		CREATE FUNCTION trap() RETURNS text {trap};
+		CREATE FUNCTION trap(a anyelement) RETURNS boolean {trap};
 		CREATE DOMAIN trapped AS text DEFAULT trap() CHECK (trap(VALUE));
 		CREATE TABLE traps (a text DEFAULT trap(), b text GENERATED ALWAYS AS (trap()) STORED, c trapped, CHECK (trap(a)));
 		CREATE INDEX ON traps (trap(a)) WHERE trap(a);
@@ -338,20 +342,16 @@ func TestDriftRunsNoCodeOfATenants(t *testing.T) {
 		CREATE RULE r AS ON INSERT TO traps DO ALSO SELECT trap();
 		CREATE FUNCTION defaulted(a text DEFAULT trap()) RETURNS text LANGUAGE sql RETURN trap();
 		CREATE VIEW pg_class AS SELECT trap(); CREATE VIEW pg_namespace AS SELECT trap(); CREATE VIEW pg_description AS SELECT trap();
-		COMMIT`)
+		COMMIT`))
 	// Functions and operators that the provisioner would find first, were its search_path not its own.
 	for _, of := range []string{"set_config(text, text, boolean)", "pg_get_expr(pg_node_tree, oid)", "pg_get_viewdef(oid)", "pg_get_userbyid(oid)", "format_type(oid, integer)"} {
-		must(t, admin, `CREATE FUNCTION `+s+`.`+of+` RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE 'a trap of the tenant was stepped on'; END $$`)
+		must(t, admin, run.Replace(`CREATE FUNCTION {s}.`+of+` RETURNS text {trap}`))
 	}
 	for _, of := range []string{"oid", "name", `"char"`, "text"} {
-		must(t, admin, `CREATE FUNCTION `+s+`.trap_of(`+of+`, `+of+`) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE 'a trap of the tenant was stepped on'; END $$;
-			CREATE OPERATOR `+s+`.= (FUNCTION = `+s+`.trap_of, LEFTARG = `+of+`, RIGHTARG = `+of+`)`)
+		must(t, admin, run.Replace(`CREATE FUNCTION {s}.trap_of(`+of+`, `+of+`) RETURNS boolean {trap};
+			CREATE OPERATOR {s}.= (FUNCTION = {s}.trap_of, LEFTARG = `+of+`, RIGHTARG = `+of+`)`))
 	}
-	server, err := pgx.ParseConfig(f.ServerURL)
-	if err != nil {
-		t.Fatal("the server's URL cannot be parsed")
-	}
-	must(t, admin, `GRANT USAGE ON SCHEMA `+s+` TO PUBLIC; ALTER ROLE `+server.User+` SET search_path = `+s+`, pg_catalog`)
+	must(t, admin, run.Replace(`GRANT USAGE ON SCHEMA {s} TO PUBLIC; ALTER ROLE {provisioner} SET search_path = {s}, pg_catalog`))
 	d := drift(t, tn, globex.ID)["acme"]
 	if d.Err != nil {
 		t.Error(d.Err)
