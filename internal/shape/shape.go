@@ -76,11 +76,12 @@ func (s Shape) Fingerprint() string {
 //go:embed shape.sql
 var shapeSQL string
 
-// settings are those that what the server prints depends on. It runs in search_path pg_catalog, so that every name that is not the system's comes with its schema.
-const settings = `SELECT set_config(name, value, true) FROM (VALUES ('search_path', 'pg_catalog'), ('quote_all_identifiers', 'off'), ('DateStyle', 'ISO, YMD'), ('IntervalStyle', 'postgres'),
+// settings are those that what the server prints depends on, beside the search_path.
+const settings = `SELECT set_config(name, value, true) FROM (VALUES ('quote_all_identifiers', 'off'), ('DateStyle', 'ISO, YMD'), ('IntervalStyle', 'postgres'),
 	('TimeZone', 'UTC'), ('bytea_output', 'hex'), ('extra_float_digits', '1'), ('standard_conforming_strings', 'on'), ('xmlbinary', 'base64'), ('lc_monetary', 'C')) s (name, value)`
 
-// Read returns the shapes of the places, in their order, which are schemas of conn's database. conn is in no transaction, and needs no right to the schemas. The error is the server's:
+// Read returns the shapes of the places, in their order, which are schemas of conn's database. conn is in no transaction, and needs no right to the schemas. Its search_path is pg_catalog from
+// the start: nothing of a tenant's is found in the place of the server's own, and every name that is not the server's is printed with its schema. The error is the server's:
 // one of a single schema, such as a lock that was not to be had in time (55P03), fails them all.
 func Read(ctx context.Context, conn *pgx.Conn, places []Place) (shapes []Shape, err error) {
 	err = pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
