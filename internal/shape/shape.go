@@ -149,7 +149,7 @@ func newReading(p Place, to *Shape) *reading {
 	if r.stand == nil {
 		r.stand = map[string]string{}
 	}
-	r.stand[p.Schema] = "{schema}" // in a text; a role of the same name is told apart where the server says that it is one
+	r.stand[p.Schema] = "{schema}"
 	r.names = slices.SortedFunc(maps.Keys(r.stand), func(a, b string) int { return cmp.Or(len(b)-len(a), strings.Compare(a, b)) })
 	return r
 }
@@ -163,9 +163,6 @@ const grant = "grant"
 func (r *reading) add(o Object, role string) {
 	if role != "" && role == r.place.Without {
 		return
-	}
-	if stand, ok := r.place.Roles[role]; ok {
-		role = stand
 	}
 	switch o.Kind {
 	case "owner":
