@@ -137,21 +137,20 @@ func read(ctx context.Context, tx Querier, query string, oids []uint32, by map[u
 
 // reading puts placeholders into what is read of one schema.
 type reading struct {
-	place Place
-	to    *Shape
-	names []string // longest first
-	stand map[string]string
-	num   *regexp.Regexp
+	without string
+	to      *Shape
+	own     *strings.Replacer
+	number  *regexp.Regexp
 }
 
 func newReading(p Place, to *Shape) *reading {
-	r := &reading{place: p, to: to, stand: maps.Clone(p.Roles), num: regexp.MustCompile(`(^|[^\w])` + regexp.QuoteMeta(strconv.FormatInt(p.Number, 10)) + `\b`)}
-	if r.stand == nil {
-		r.stand = map[string]string{}
+	stand := map[string]string{p.Schema: "{schema}"}
+	maps.Copy(stand, p.Roles)
+	var pairs []string
+	for _, name := range slices.SortedFunc(maps.Keys(stand), func(a, b string) int { return len(b) - len(a) }) { // a role's name begins with the schema's
+		pairs = append(pairs, name, stand[name])
 	}
-	r.stand[p.Schema] = "{schema}"
-	r.names = slices.SortedFunc(maps.Keys(r.stand), func(a, b string) int { return cmp.Or(len(b)-len(a), strings.Compare(a, b)) })
-	return r
+	return &reading{p.Without, to, strings.NewReplacer(pairs...), regexp.MustCompile(`(^|\W)` + strconv.FormatInt(p.Number, 10) + `\b`)}
 }
 
 // numbered are the library's functions in which the tenant's number is.
@@ -161,7 +160,7 @@ const grant = "grant"
 
 // add takes an object. role is whom a grant is to, or who owns it.
 func (r *reading) add(o Object, role string) {
-	if role != "" && role == r.place.Without {
+	if role != "" && role == r.without {
 		return
 	}
 	switch o.Kind {
@@ -177,10 +176,10 @@ func (r *reading) add(o Object, role string) {
 		o.Name += " to " + role
 	case "function":
 		if name, _, _ := strings.Cut(o.Name, "("); numbered[name] {
-			o.Definition = r.num.ReplaceAllString(o.Definition, "${1}{tenant}")
+			o.Definition = r.number.ReplaceAllString(o.Definition, "${1}{tenant}")
 		}
 	}
-	o.Name, o.of, o.Definition = r.own(o.Name), r.own(o.of), restored(r.own(o.Definition))
+	o.Name, o.of, o.Definition = r.own.Replace(o.Name), r.own.Replace(o.of), restored(r.own.Replace(o.Definition))
 	k := key{o.Kind, o.Name}
 	if before, twice := r.to.objects[k]; twice && o.Kind == grant { // to two logins, or to the group and to PUBLIC
 		rights := append(strings.Split(before.Definition, ", "), strings.Split(o.Definition, ", ")...)
@@ -188,16 +187,6 @@ func (r *reading) add(o Object, role string) {
 		o.Definition = strings.Join(slices.Compact(rights), ", ")
 	}
 	r.to.objects[k] = o
-}
-
-// own replaces the place's own names in a text.
-func (r *reading) own(text string) string {
-	for _, name := range r.names {
-		if strings.Contains(text, name) {
-			text = strings.ReplaceAll(text, name, r.stand[name])
-		}
-	}
-	return text
 }
 
 var (
