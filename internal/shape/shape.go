@@ -144,8 +144,9 @@ type reading struct {
 }
 
 func newReading(p Place, to *Shape) *reading {
-	stand := map[string]string{p.Schema: "{schema}"}
+	stand := map[string]string{}
 	maps.Copy(stand, p.Roles)
+	stand[p.Schema] = "{schema}" // also where a role has that name
 	var pairs []string
 	for _, name := range slices.SortedFunc(maps.Keys(stand), func(a, b string) int { return len(b) - len(a) }) { // a role's name begins with the schema's
 		pairs = append(pairs, name, stand[name])

@@ -8,7 +8,7 @@ import (
 // shapeOf makes a shape of what a server could print of a schema, in whose name ? stands for it; of is the role of an owner or a grant.
 func shapeOf(number int64, schema string, objects ...Object) Shape {
 	s := Shape{objects: map[key]Object{}}
-	r := newReading(Place{Schema: schema, Roles: map[string]string{schema + "_o": "{owner}", schema + "_l1": "{login}"}, Without: "reader", Number: number}, &s)
+	r := newReading(Place{Schema: schema, Roles: map[string]string{schema + "_o": "{owner}", schema + "_l1": "{login}", schema: "{dense role}"}, Without: "reader", Number: number}, &s)
 	for _, o := range objects {
 		role := o.of
 		if o.Kind != "owner" && o.Kind != grant {
@@ -29,11 +29,14 @@ func TestWhatIsATenantsOwnHasPlaceholders(t *testing.T) {
 			Object{"owner", "table a", "-", "?_o"},
 			Object{grant, "table a", "SELECT", "?_l1"},
 			Object{grant, "function f()", "EXECUTE", "public"},
-			Object{"view", "v", "SELECT * FROM ?.a", ""},
+			Object{"view", "v", "SELECT * FROM ?.a", ""}, Object{"index", "?", "ON ?.a", ""},
 			Object{"function", "tenancy_tenant()", "SELECT " + tenant + "::bigint", ""})
 	}
 	if is, wants := all(7, "t_a", "7"), all(12, "t_b", "12"); is.Fingerprint() != wants.Fingerprint() {
 		t.Errorf("%v\n%v", is.Objects(), wants.Objects())
+	}
+	if o := all(7, "t_a", "7").Objects(); o[len(o)-1].Definition != "SELECT * FROM {schema}.a" {
+		t.Errorf("a name that is the schema's and a role's: %v", o[len(o)-1])
 	}
 	if d := Compare(all(7, "t_a", "12"), all(12, "t_b", "12")); len(d) != 1 || d[0].Has != "SELECT 12::bigint" {
 		t.Errorf("the number of another tenant: %v", d)
