@@ -331,7 +331,7 @@ func TestDriftRunsNoCodeOfATenants(t *testing.T) {
 		t.Fatal("the server's URL cannot be parsed")
 	}
 	run := strings.NewReplacer("{s}", pgx.Identifier{place.Schema}.Sanitize(), "{owner}", place.Owner, "{provisioner}", server.User,
-		"{trap}", `LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN IF session_user OPERATOR(pg_catalog.=) '`+server.User+`' THEN RAISE 'a trap of the tenant was stepped on'; END IF; RETURN NULL; END $$`)
+		"{trap}", `LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN IF session_user = '`+server.User+`' THEN RAISE 'a trap of the tenant was stepped on'; END IF; RETURN NULL; END $$`)
 	must(t, admin, run.Replace(`BEGIN; SET LOCAL ROLE {owner}; SET LOCAL search_path = {s}, pg_catalog;
 		CREATE FUNCTION trap() RETURNS text {trap};
 		CREATE FUNCTION trap(a anyelement) RETURNS boolean {trap};
