@@ -66,26 +66,8 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string, isolation .
 	if err := c.checkServer(ctx, server, as); err != nil {
 		return fail(err)
 	}
-	var source int64
-	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) (err error) {
-		if source, err = c.intendPlace(ctx, tx, uid, id, server, as); err != nil {
-			return err
-		}
-		return audit(ctx, tx, "prepare", id, map[string]any{"server": server, "isolation": as})
-	})
+	p, err := c.preparePlace(ctx, "prepare", uid, id, server, as)
 	if err != nil {
-		return fail(refusal("prepare", err))
-	}
-	p, err := c.placeByID(ctx, source)
-	if err != nil {
-		return fail(err)
-	}
-	done, err := c.tn.slot(ctx)
-	if err != nil {
-		return fail(err)
-	}
-	defer done()
-	if err := c.make(ctx, p); err != nil {
 		return fail(err)
 	}
 	tag, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'made', version = $2, migrating = NULL, updated = now() WHERE id = $1 AND state = 'intent'`, p.id, p.version)
@@ -96,6 +78,30 @@ func (c *Catalog) Prepare(ctx context.Context, id ID, server string, isolation .
 		return fail(errOvertaken)
 	}
 	return p.source, nil
+}
+
+// preparePlace makes a place that stays in state intent. With an error it is what was begun of it, nil: nothing was.
+func (c *Catalog) preparePlace(ctx context.Context, op string, uid UID, id ID, server string, as Isolation) (*place, error) {
+	var source int64
+	err := pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) (err error) {
+		if source, err = c.intendPlace(ctx, tx, uid, id, server, as); err != nil {
+			return err
+		}
+		return audit(ctx, tx, op, id, map[string]any{"server": server, "isolation": as})
+	})
+	if err != nil {
+		return nil, refusal(op, err)
+	}
+	p, err := c.placeByID(ctx, source)
+	if err != nil {
+		return nil, err
+	}
+	done, err := c.tn.slot(ctx)
+	if err != nil {
+		return p, err
+	}
+	defer done()
+	return p, c.make(ctx, p)
 }
 
 // onlyIsolation is the one that was given, "" for none.

@@ -3,11 +3,13 @@ package tenancy_test
 import (
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"testing/fstest"
-	"time"
+	"unicode"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy"
@@ -28,7 +30,9 @@ CREATE TABLE orders (
 	total numeric NOT NULL DEFAULT 0 CONSTRAINT not_negative CHECK (total >= 0),
 	gross numeric GENERATED ALWAYS AS (total * 1.2) STORED,
 	note text,
-	slug text CONSTRAINT one_slug UNIQUE
+	slug text CONSTRAINT one_slug UNIQUE,
+	size varchar(1) DEFAULT 'M' CHECK (size IN ('S', 'M')),
+	state varchar(9) CHECK (state = 'new')
 );
 COMMENT ON TABLE orders IS 'What was bought.';
 CREATE INDEX orders_note ON orders (note);
@@ -213,7 +217,6 @@ func TestWhatIsATenantsOwnIsNoDrift(t *testing.T) {
 			t.Fatalf("%s: %v", what, err)
 		}
 		wantNoDrift(t, what, drift(t, tn), 3)
-		wantNoDrift(t, what+", beside globex", drift(t, tn, globex.ID), 3)
 	}
 	step("renamed", c.Rename(t.Context(), acme.ID, "acme-2"))
 	step("a rotated password", c.RotatePassword(t.Context(), acme.ID))
@@ -223,8 +226,10 @@ func TestWhatIsATenantsOwnIsNoDrift(t *testing.T) {
 		err = c.SetDataSource(t.Context(), globex.ID, d)
 	}
 	step("moved", err)
+	wantNoDrift(t, "moved, beside globex", drift(t, tn, globex.ID), 3)
 	_, err = c.AddReader(t.Context(), "main")
-	step("with a reader", err)
+	must(t, admin, `REVOKE SELECT ON `+placeOf(t, f, acme.ID).table("orders")+` FROM `+scan[string](t, f.Admin(t, "primary"), `SELECT role FROM tenancy.readers`))
+	step("with a reader that may read less of one", err)
 	step("without it", c.DropReader(t.Context(), "main"))
 	makeIn(t, tn, "new", tenancy.IsolationSchema)
 	wantNoDrift(t, "one that was made after the reader had gone", drift(t, tn), 4)
@@ -234,11 +239,36 @@ func TestWhatIsATenantsOwnIsNoDrift(t *testing.T) {
 	must(t, admin, `SELECT nextval('`+place.table("tickets")+`'); INSERT INTO `+place.table("orders")+` (id) VALUES (1); ANALYZE `+place.table("orders"))
 	must(t, admin, `RESET ROLE`)
 	wantNoDrift(t, "a column at another place, a row, a sequence", drift(t, tn), 4)
-	step2 := c.Suspend(t.Context(), globex.ID, tenancy.Suspension{})
-	if step2 != nil {
-		t.Fatal(step2)
+	if err := c.Suspend(t.Context(), globex.ID, tenancy.Suspension{}); err != nil {
+		t.Fatal(err)
 	}
 	wantNoDrift(t, "suspended", drift(t, tn), 4)
+	t.Run("restored", func(t *testing.T) {
+		restore(t, admin, place.Schema)
+		wantNoDrift(t, "restored from a dump", drift(t, tn), 4)
+	})
+}
+
+// restore dumps the schema, drops it, and restores it, as operators do.
+func restore(t *testing.T, admin *pgx.Conn, schema string) {
+	t.Helper()
+	bin := scan[string](t, admin, `SELECT setting FROM pg_catalog.pg_config WHERE name = 'BINDIR'`)
+	if _, err := os.Stat(filepath.Join(bin, "pg_dump")); err != nil {
+		t.Skip("no pg_dump beside the server: ", err)
+	}
+	c := admin.Config()
+	run := func(program string, args ...string) {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), filepath.Join(bin, program), args...)
+		cmd.Env = []string{"PGHOST=" + c.Host, fmt.Sprint("PGPORT=", c.Port), "PGUSER=" + c.User, "PGPASSWORD=" + c.Password, "PGDATABASE=" + c.Database}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", program, err, out)
+		}
+	}
+	file := filepath.Join(t.TempDir(), "dump")
+	run("pg_dump", "--schema="+schema, "--format=custom", "--file="+file)
+	must(t, admin, `DROP SCHEMA `+pgx.Identifier{schema}.Sanitize()+` CASCADE`)
+	run("pg_restore", "--exit-on-error", "--dbname="+c.Database, file)
 }
 
 func TestDriftTellsVersionsAndFailuresApart(t *testing.T) {
@@ -290,35 +320,113 @@ func TestDriftTellsVersionsAndFailuresApart(t *testing.T) {
 	wantError(t, err, tenancy.ErrNoMigrations)
 }
 
-// TestDriftOfAFleetTakesSeconds has 40 tenants by default, and 1,000 with TENANCY_LONG=1; each has 12 tables.
-func TestDriftOfAFleetTakesSeconds(t *testing.T) {
+// TestDriftRunsNoCodeOfATenants has traps wherever a catalog query could step: in what the server prints, and in names that would be found first.
+func TestDriftRunsNoCodeOfATenants(t *testing.T) {
 	t.Parallel()
-	n := 40
+	f, tn := driftFleet(t)
+	acme, globex := makeIn(t, tn, "acme", tenancy.IsolationSchema), makeIn(t, tn, "globex", tenancy.IsolationSchema)
+	admin, place := f.Admin(t, "tenants"), placeOf(t, f, acme.ID)
+	server, err := pgx.ParseConfig(f.ServerURL)
+	if err != nil {
+		t.Fatal("the server's URL cannot be parsed")
+	}
+	run := strings.NewReplacer("{s}", pgx.Identifier{place.Schema}.Sanitize(), "{owner}", place.Owner, "{provisioner}", server.User,
+		"{trap}", `LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN IF session_user = '`+server.User+`' THEN RAISE 'a trap of the tenant was stepped on'; END IF; RETURN NULL; END $$`)
+	must(t, admin, run.Replace(`BEGIN; SET LOCAL ROLE {owner}; SET LOCAL search_path = {s}, pg_catalog;
+		CREATE FUNCTION trap() RETURNS text {trap};
+		CREATE FUNCTION trap(a anyelement) RETURNS boolean {trap};
+		CREATE DOMAIN trapped AS text DEFAULT trap() CHECK (trap(VALUE));
+		CREATE TABLE traps (a text DEFAULT trap(), b text GENERATED ALWAYS AS (trap()) STORED, c trapped, CHECK (trap(a)));
+		CREATE INDEX ON traps (trap(a)) WHERE trap(a);
+		CREATE STATISTICS st ON (trap(a)), a FROM traps;
+		CREATE VIEW peep AS SELECT trap(), count(*) FROM traps WHERE trap(a);
+		CREATE POLICY p ON traps USING (trap(a));
+		ALTER TABLE traps ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+		CREATE RULE r AS ON INSERT TO traps DO ALSO SELECT trap();
+		CREATE FUNCTION defaulted(a text DEFAULT trap()) RETURNS text LANGUAGE sql RETURN trap();
+		CREATE VIEW pg_class AS SELECT trap(); CREATE VIEW pg_namespace AS SELECT trap(); CREATE VIEW pg_description AS SELECT trap();
+		COMMIT`))
+	// Functions and operators that the provisioner would find first, were its search_path not its own.
+	for _, of := range []string{"set_config(text, text, boolean)", "pg_get_expr(pg_node_tree, oid)", "pg_get_viewdef(oid)", "pg_get_userbyid(oid)", "format_type(oid, integer)"} {
+		must(t, admin, run.Replace(`CREATE FUNCTION {s}.`+of+` RETURNS text {trap}`))
+	}
+	for _, of := range []string{"oid", "name", `"char"`, "text"} {
+		must(t, admin, run.Replace(`CREATE FUNCTION {s}.trap_of(`+of+`, `+of+`) RETURNS boolean {trap};
+			CREATE OPERATOR {s}.= (FUNCTION = {s}.trap_of, LEFTARG = `+of+`, RIGHTARG = `+of+`)`))
+	}
+	must(t, admin, run.Replace(`GRANT USAGE ON SCHEMA {s} TO PUBLIC; ALTER ROLE {provisioner} SET search_path = {s}, pg_catalog`))
+	d := drift(t, tn, globex.ID)["acme"]
+	if d.Err != nil {
+		t.Error(d.Err)
+	}
+	if !slices.ContainsFunc(d.Differences, func(d tenancy.Difference) bool { return d.Kind == "view" && d.Object == "peep" }) {
+		t.Errorf("what is trapped is not told: %v", d.Differences)
+	}
+}
+
+func TestDriftIsToldWithoutControlCharacters(t *testing.T) {
+	t.Parallel()
+	f, tn := driftFleet(t)
+	acme, globex := makeIn(t, tn, "acme", tenancy.IsolationSchema), makeIn(t, tn, "globex", tenancy.IsolationSchema)
+	admin, place := f.Admin(t, "tenants"), placeOf(t, f, acme.ID)
+	evil := "e\x1b[2J\r\nfake: \u009b \u202e \u2028"
+	must(t, admin, `CREATE TABLE `+pgx.Identifier{place.Schema, evil}.Sanitize()+` (id int)`)
+	must(t, admin, `COMMENT ON TABLE `+place.table("orders")+` IS E'`+evil+`'`)
+	all := drift(t, tn, globex.ID)["acme"].Differences
+	for _, d := range all {
+		if strings.ContainsFunc(d.String(), func(r rune) bool { return !unicode.IsPrint(r) }) {
+			t.Errorf("%q", d.String())
+		}
+	}
+	if !slices.ContainsFunc(all, func(d tenancy.Difference) bool { return d.Object == evil }) {
+		t.Errorf("the table is not told: %q", all)
+	}
+}
+
+// bulkShops makes tenants with twelve tables each.
+func bulkShops(tb testing.TB, n int) *benchFleet {
+	tb.Helper()
+	f := newBulkFleet(tb, n, 100)
+	admin, primary := superuser(tb, f.AdminURL, bulkTenants), superuser(tb, f.AdminURL, bulkPrimary)
+	for _, t := range f.tenants {
+		p := bulkPlaceOf(tb, primary, t.ID)
+		must(tb, admin, "BEGIN; SET LOCAL ROLE "+p.Owner+"; SET LOCAL search_path = "+pgx.Identifier{p.Schema}.Sanitize()+";"+strings.ReplaceAll(denseTables, "{name}", "'x'")+"COMMIT")
+	}
+	return f
+}
+
+func TestDriftFindsTheOneOfAFleet(t *testing.T) {
+	t.Parallel()
+	n := 105 // more than are read at once
+	f := bulkShops(t, n)
+	odd := bulkPlaceOf(t, superuser(t, f.AdminURL, bulkPrimary), f.tenants[n/2].ID)
+	must(t, superuser(t, f.AdminURL, bulkTenants), `ALTER TABLE `+odd.table("more1")+` ALTER a SET NOT NULL`)
+	by := drift(t, f.Open(t, tenancy.Config{}), f.tenants[0].ID)
+	for name, d := range by {
+		if want := name == f.tenants[n/2].Name; d.Err != nil || (len(d.Differences) > 0) != want {
+			t.Errorf("%s: %v %v", name, d.Err, d.Differences)
+		}
+	}
+	if len(by) != n {
+		t.Errorf("%d tenants, want %d", len(by), n)
+	}
+}
+
+// BenchmarkDrift compares 300 tenants of twelve tables, and 1,000 with TENANCY_LONG=1, and reports the milliseconds of each:
+//
+//	go test -run '^$' -bench 'BenchmarkDrift' -benchtime=5x .
+func BenchmarkDrift(b *testing.B) {
+	n := 300
 	if os.Getenv("TENANCY_LONG") == "1" {
 		n = 1000
 	}
-	f := newBulkFleet(t, n, 100)
-	admin, primary := superuser(t, f.AdminURL, bulkTenants), superuser(t, f.AdminURL, bulkPrimary)
-	for i := range f.tenants {
-		p := bulkPlaceOf(t, primary, f.tenants[i].ID)
-		q := pgx.Identifier{p.Schema}.Sanitize()
-		must(t, admin, "BEGIN; SET LOCAL ROLE "+p.Owner+"; SET LOCAL search_path = "+q+";"+strings.ReplaceAll(denseTables, "{name}", "'x'")+"COMMIT")
-	}
-	odd := bulkPlaceOf(t, primary, f.tenants[n/2].ID)
-	must(t, admin, `ALTER TABLE `+odd.table("more1")+` ALTER a SET NOT NULL`)
-	tn := f.Open(t, tenancy.Config{})
-	began := time.Now()
-	all, err := tn.Catalog().Drift(t.Context(), f.tenants[0].ID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("%d tenants of 12 tables in %v", len(all), time.Since(began).Round(time.Millisecond))
-	for i, d := range all {
-		if want := i == n/2; d.Err != nil || (len(d.Differences) > 0) != want {
-			t.Errorf("%s: %v", d.Tenant.Name, fmt.Sprint(d.Err, d.Differences))
+	f := bulkShops(b, n)
+	tn := f.Open(b, tenancy.Config{})
+	for b.Loop() {
+		all, err := tn.Catalog().Drift(b.Context(), f.tenants[0].ID)
+		if err != nil || len(all) != n {
+			b.Fatal(len(all), err)
 		}
 	}
-	if len(all) != n {
-		t.Errorf("%d tenants, want %d", len(all), n)
-	}
+	b.ReportMetric(float64(b.Elapsed().Microseconds())/1000/float64(b.N)/float64(n), "ms/tenant")
 }

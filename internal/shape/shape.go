@@ -30,14 +30,15 @@ type Place struct {
 	Schema string
 	// Roles are the place's, each with what stands for it, such as {owner}.
 	Roles map[string]string
-	// Runtime is what stands for the group of the tenant's logins. What PUBLIC may do with a routine or a sequence counts as the group's: a reader
-	// takes it from PUBLIC and gives it to the group, and nobody else may use the schema.
-	Runtime string
-	// Without are roles whose grants do not count, such as a reader.
-	Without []string
+	// Without is a role whose grants do not count, a reader; "": none.
+	Without string
 	// Number is the tenant's, which the functions that the library installs have in their bodies.
 	Number int64
 }
+
+// Runtime stands for the group of the tenant's logins. What PUBLIC may do with a routine or a sequence counts as the group's: a reader
+// takes it from PUBLIC and gives it to the group, and nobody else may use the schema.
+const Runtime = "{runtime}"
 
 // Object is one thing in a schema, as the server prints it.
 type Object struct {
@@ -75,11 +76,12 @@ func (s Shape) Fingerprint() string {
 //go:embed shape.sql
 var shapeSQL string
 
-// settings are those that what the server prints depends on. It runs in search_path pg_catalog, so that every name that is not the system's comes with its schema.
-const settings = `SELECT set_config(name, value, true) FROM (VALUES ('search_path', 'pg_catalog'), ('quote_all_identifiers', 'off'), ('DateStyle', 'ISO, YMD'), ('IntervalStyle', 'postgres'),
+// settings are those that what the server prints depends on, beside the search_path.
+const settings = `SELECT set_config(name, value, true) FROM (VALUES ('quote_all_identifiers', 'off'), ('DateStyle', 'ISO, YMD'), ('IntervalStyle', 'postgres'),
 	('TimeZone', 'UTC'), ('bytea_output', 'hex'), ('extra_float_digits', '1'), ('standard_conforming_strings', 'on'), ('xmlbinary', 'base64'), ('lc_monetary', 'C')) s (name, value)`
 
-// Read returns the shapes of the places, in their order, which are schemas of conn's database. conn is in no transaction, and needs no right to the schemas. The error is the server's:
+// Read returns the shapes of the places, in their order, which are schemas of conn's database. conn is in no transaction, and needs no right to the schemas. Its search_path is pg_catalog from
+// the start: nothing of a tenant's is found in the place of the server's own, and every name that is not the server's is printed with its schema. The error is the server's:
 // one of a single schema, such as a lock that was not to be had in time (55P03), fails them all.
 func Read(ctx context.Context, conn *pgx.Conn, places []Place) (shapes []Shape, err error) {
 	err = pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
@@ -135,21 +137,21 @@ func read(ctx context.Context, tx Querier, query string, oids []uint32, by map[u
 
 // reading puts placeholders into what is read of one schema.
 type reading struct {
-	place Place
-	to    *Shape
-	names []string // longest first
-	stand map[string]string
-	num   *regexp.Regexp
+	without string
+	to      *Shape
+	own     *strings.Replacer
+	number  *regexp.Regexp
 }
 
 func newReading(p Place, to *Shape) *reading {
-	r := &reading{place: p, to: to, stand: maps.Clone(p.Roles), num: regexp.MustCompile(`(^|[^\w])` + regexp.QuoteMeta(strconv.FormatInt(p.Number, 10)) + `\b`)}
-	if r.stand == nil {
-		r.stand = map[string]string{}
+	stand := map[string]string{}
+	maps.Copy(stand, p.Roles)
+	stand[p.Schema] = "{schema}" // also where a role has that name
+	var pairs []string
+	for _, name := range slices.SortedFunc(maps.Keys(stand), func(a, b string) int { return len(b) - len(a) }) { // a role's name begins with the schema's
+		pairs = append(pairs, name, stand[name])
 	}
-	r.stand[p.Schema] = "{schema}" // in a text; a role of the same name is told apart where the server says that it is one
-	r.names = slices.SortedFunc(maps.Keys(r.stand), func(a, b string) int { return cmp.Or(len(b)-len(a), strings.Compare(a, b)) })
-	return r
+	return &reading{p.Without, to, strings.NewReplacer(pairs...), regexp.MustCompile(`(^|\W)` + strconv.FormatInt(p.Number, 10) + `\b`)}
 }
 
 // numbered are the library's functions in which the tenant's number is.
@@ -159,20 +161,15 @@ const grant = "grant"
 
 // add takes an object. role is whom a grant is to, or who owns it.
 func (r *reading) add(o Object, role string) {
-	if role != "" {
-		if slices.Contains(r.place.Without, role) {
-			return
-		}
-		if stand, ok := r.place.Roles[role]; ok {
-			role = stand
-		}
+	if role != "" && role == r.without {
+		return
 	}
 	switch o.Kind {
 	case "owner":
 		o.Definition = role
 	case grant, "default privileges":
 		if what, _, _ := strings.Cut(o.Name, " "); o.Kind == grant && role == "public" && (what == "function" || what == "procedure" || what == "aggregate" || what == "sequence") {
-			role = r.place.Runtime
+			role = Runtime
 		}
 		if role == "public" {
 			role = "everybody"
@@ -180,10 +177,10 @@ func (r *reading) add(o Object, role string) {
 		o.Name += " to " + role
 	case "function":
 		if name, _, _ := strings.Cut(o.Name, "("); numbered[name] {
-			o.Definition = r.num.ReplaceAllString(o.Definition, "${1}{tenant}")
+			o.Definition = r.number.ReplaceAllString(o.Definition, "${1}{tenant}")
 		}
 	}
-	o.Name, o.of, o.Definition = r.own(o.Name), r.own(o.of), r.own(o.Definition)
+	o.Name, o.of, o.Definition = r.own.Replace(o.Name), r.own.Replace(o.of), restored(r.own.Replace(o.Definition))
 	k := key{o.Kind, o.Name}
 	if before, twice := r.to.objects[k]; twice && o.Kind == grant { // to two logins, or to the group and to PUBLIC
 		rights := append(strings.Split(before.Definition, ", "), strings.Split(o.Definition, ", ")...)
@@ -193,14 +190,20 @@ func (r *reading) add(o Object, role string) {
 	r.to.objects[k] = o
 }
 
-// own replaces the place's own names in a text.
-func (r *reading) own(text string) string {
-	for _, name := range r.names {
-		if strings.Contains(text, name) {
-			text = strings.ReplaceAll(text, name, r.stand[name])
-		}
+var (
+	textList    = regexp.MustCompile(`\(ARRAY\[(` + textElement.String() + `(?:, ` + textElement.String() + `)*)\]\)::text\[\]`)
+	textElement = regexp.MustCompile(`E?'(?:[^']|'')*'::character varying`)
+)
+
+// restored writes IN of a character varying as the server prints it after a dump and a restore. All else that it prints, it reads as the same.
+func restored(definition string) string {
+	if !strings.Contains(definition, "])::text[]") {
+		return definition
 	}
-	return text
+	return textList.ReplaceAllStringFunc(definition, func(list string) string {
+		list = strings.TrimSuffix(strings.TrimPrefix(list, "("), ")::text[]")
+		return textElement.ReplaceAllString(list, "($0)::text")
+	})
 }
 
 // Difference is an object that is not the same in two schemas.
@@ -253,13 +256,17 @@ func parents(s Shape) map[string]bool {
 	return names
 }
 
-// String tells a missing object, one too many and a different one apart. Definitions are quoted: a tenant can have written them.
+// String tells a missing object, one too many and a different one apart, on one line that a terminal shows as it is: a tenant can have written names and definitions.
 func (d Difference) String() string {
+	object := d.Object
+	if quoted := strconv.Quote(object); quoted != `"`+object+`"` {
+		object = quoted
+	}
 	switch {
 	case d.Has == "":
-		return fmt.Sprintf("missing %s %s: wants %q", d.Kind, d.Object, d.Wants)
+		return fmt.Sprintf("missing %s %s: wants %q", d.Kind, object, d.Wants)
 	case d.Wants == "":
-		return fmt.Sprintf("extra %s %s: has %q", d.Kind, d.Object, d.Has)
+		return fmt.Sprintf("extra %s %s: has %q", d.Kind, object, d.Has)
 	}
-	return fmt.Sprintf("%s %s: has %q, wants %q", d.Kind, d.Object, d.Has, d.Wants)
+	return fmt.Sprintf("%s %s: has %q, wants %q", d.Kind, object, d.Has, d.Wants)
 }

@@ -44,7 +44,8 @@ SELECT c.relnamespace, 'column', c.relname || '.' || a.attname, c.relname::text,
         CASE WHEN a.attstorage <> t.typstorage THEN 'STORAGE ' || CASE a.attstorage WHEN 'p' THEN 'PLAIN' WHEN 'e' THEN 'EXTERNAL' WHEN 'x' THEN 'EXTENDED' ELSE 'MAIN' END END,
         CASE a.attcompression WHEN 'p' THEN 'COMPRESSION pglz' WHEN 'l' THEN 'COMPRESSION lz4' END,
         CASE WHEN a.attstattarget >= 0 THEN 'STATISTICS ' || a.attstattarget END,
-        'WITH (' || array_to_string(a.attoptions, ', ') || ')', 'OPTIONS (' || array_to_string(a.attfdwoptions, ', ') || ')')
+        (SELECT 'WITH (' || string_agg(opt, ', ' ORDER BY opt) || ')' FROM unnest(a.attoptions) opt WHERE NOT starts_with(opt, 'pg_attver=')), -- which servers of November 2026 and later keep there for themselves
+        'OPTIONS (' || array_to_string(a.attfdwoptions, ', ') || ')')
 FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
 WHERE c.relnamespace = ANY($1) AND a.attnum > 0 AND NOT a.attisdropped AND (c.relkind IN ('r', 'p', 'f') OR c.relkind = 'v' AND a.atthasdef);
 
@@ -60,7 +61,7 @@ WHERE k.connamespace = ANY($1) AND c.relnamespace = ANY($1) AND k.contype IN ('c
 SELECT i.relnamespace, 'index', i.relname::text, t.relname::text, '', pg_get_indexdef(i.oid) || CASE WHEN x.indisvalid THEN '' ELSE ', invalid' END
 FROM pg_class i JOIN pg_index x ON x.indexrelid = i.oid JOIN pg_class t ON t.oid = x.indrelid
 WHERE i.relnamespace = ANY($1) AND i.relkind IN ('i', 'I')
-    AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.oid AND k.connamespace = ANY($1) AND k.contype IN ('p', 'u', 'x'));
+    AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = x.indrelid AND k.conindid = i.oid AND k.contype IN ('p', 'u', 'x'));
 
 -- Rules, but for those that are views.
 SELECT c.relnamespace, 'rule', c.relname || '.' || r.rulename, c.relname::text, '', pg_get_ruledef(r.oid) || CASE r.ev_enabled WHEN 'O' THEN '' WHEN 'D' THEN ' disabled' WHEN 'R' THEN ' enabled on replicas' ELSE ' always enabled' END
