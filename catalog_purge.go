@@ -128,6 +128,9 @@ func (c *Catalog) purge(ctx context.Context, id ID, name string, now bool) (Rece
 	return r, nil
 }
 
+// errHalfPurged refuses what would be done with the rest of a tenant.
+var errHalfPurged = hinted(ErrTenantGone, "its purge has begun, and what is left is not all of it: call Purge again to finish it")
+
 // quarantined is ErrQuarantined while the tenant's quarantine lasts, by the primary's clock.
 func (c *Catalog) quarantined(ctx context.Context, id ID) error {
 	var until time.Time

@@ -175,7 +175,7 @@ func (c *Catalog) restore(ctx context.Context, op string, id ID, name string) er
 		case err != nil:
 			return fail(err)
 		case begun:
-			return fail(hinted(ErrTenantGone, "its purge has begun, and what is left is not all of it: call Purge again to finish it"))
+			return fail(errHalfPurged)
 		case name == "" && isTombstone(p.tenant.Name):
 			return fail(invalid(errors.New("name: it was released: Catalog.RestoreAs gives the tenant another one")))
 		}

@@ -672,11 +672,14 @@ func TestATenantOfThousandsOfTablesIsPurged(t *testing.T) {
 		Server: tenancy.ServerConfig{URL: at("provisioner", "fleet_tenants")}}); err != nil {
 		t.Fatal(err)
 	}
-	files := fstest.MapFS{}
-	for i := 1; i <= tables/20; i++ { // in steps, as a service grows
+	files := fstest.MapFS{"00001_parts.sql": {Data: []byte("-- +goose Up\nCREATE TABLE parts (id bigint, title text) PARTITION BY LIST (id);\n")}}
+	for i := 2; i <= tables/20+1; i++ { // in steps, as a service grows
 		files[fmt.Sprintf("%05d_tables.sql", i)] = &fstest.MapFile{Data: fmt.Appendf(nil, `-- +goose Up
 -- +goose StatementBegin
-DO $$ BEGIN FOR i IN 1..20 LOOP EXECUTE format('CREATE TABLE t_%d_%%s (id bigint PRIMARY KEY, title text)', i); END LOOP; END $$;
+DO $$ BEGIN
+FOR i IN 1..16 LOOP EXECUTE format('CREATE TABLE t_%[1]d_%%s (id bigint PRIMARY KEY, title text)', i); END LOOP;
+FOR i IN 1..4 LOOP EXECUTE format('CREATE TABLE parts_%[1]d_%%s PARTITION OF parts FOR VALUES IN (%%s)', i, %[1]d * 4 + i); END LOOP;
+END $$;
 -- +goose StatementEnd
 `, i)}
 	}
