@@ -17,7 +17,7 @@ type Profile struct {
 	MaxUsers    int            // refused beyond when a member is added; 0: no limit
 	Attributes  map[string]any // the service's own, JSON of at most 64 KB
 
-	// By the primary's clock; SetProfile does not look at them. The last two are zero unless the tenant is deleted: since when, and until when Purge refuses it.
+	// By the primary's clock; SetProfile does not look at them. Deleted is zero for a tenant that is not, and PurgeAfter, the end of the quarantine, for one that is in none.
 	Created, Updated, Deleted, PurgeAfter time.Time
 }
 

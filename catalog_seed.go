@@ -14,23 +14,27 @@ func (c *Catalog) seed(ctx context.Context, p *place) error {
 	if c.tn.cfg.Seed == nil {
 		return nil
 	}
+	if err := c.runSeed(ctx, p); err != nil {
+		return fmt.Errorf("seed: %w", err)
+	}
+	if p.dense { // its calls are not the login's
+		return giveSeeded(ctx, p)
+	}
+	return nil
+}
+
+func (c *Catalog) runSeed(ctx context.Context, p *place) error {
 	source, err := p.source.viaPooler()
 	if err != nil {
 		return err
 	}
 	conn, err := c.tn.proved(ctx, p.tenant, source, "tenancy seed")
 	if err != nil {
-		return fmt.Errorf("seed: %w", err)
+		return err
 	}
 	defer closeConn(conn)
 	seeding := AsHost(ctx) // the caller may be in another tenant
-	if err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error { return c.callSeed(seeding, p.tenant, tx) }); err != nil {
-		return fmt.Errorf("seed: %w", withoutSecrets(err))
-	}
-	if p.dense { // its calls are not the login's
-		return giveSeeded(ctx, p)
-	}
-	return nil
+	return pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error { return c.callSeed(seeding, p.tenant, tx) })
 }
 
 func (c *Catalog) callSeed(ctx context.Context, t Tenant, tx pgx.Tx) (err error) {
