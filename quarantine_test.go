@@ -57,6 +57,9 @@ func TestAPurgeWaitsForTheQuarantineThatTheDeleteWroteDown(t *testing.T) {
 	if err := c.Restore(ctx, acme.ID); err != nil {
 		t.Fatal(err)
 	}
+	if kept := scan[string](t, primary, `SELECT quarantine::text FROM tenancy.tenants WHERE id = $1`, acme.ID); kept != "720:00:00" {
+		t.Errorf("the release before would keep a restored tenant for %s", kept)
+	}
 	if p := profile(acme.ID); !p.PurgeAfter.IsZero() || !p.Deleted.IsZero() {
 		t.Errorf("a restored tenant is purged after %v", p.PurgeAfter)
 	}
@@ -69,16 +72,16 @@ func TestAPurgeWaitsForTheQuarantineThatTheDeleteWroteDown(t *testing.T) {
 	if p := profile(globex.ID); p.PurgeAfter.Sub(p.Deleted) != 30*24*time.Hour {
 		t.Errorf("the release before keeps it until %v", p.PurgeAfter)
 	}
-	old("active")
-	for _, when := range []time.Duration{time.Hour, 2 * time.Hour} { // a new Delete has its own node's setting
-		if err := impatient.Delete(ctx, globex.ID); err != nil {
+	for _, next := range []struct {
+		node *tenancy.Catalog
+		kept time.Duration
+	}{{c, 48 * time.Hour}, {impatient, time.Hour}} { // a new Delete has its own node's setting
+		old("active")
+		if err := next.node.Delete(ctx, globex.ID); err != nil {
 			t.Fatal(err)
 		}
-		if p := profile(globex.ID); p.PurgeAfter.Sub(p.Deleted) != time.Hour {
-			t.Errorf("delete %v: kept until %v", when, p.PurgeAfter)
-		}
-		if when == time.Hour {
-			old("active")
+		if p := profile(globex.ID); p.PurgeAfter.Sub(p.Deleted) != next.kept {
+			t.Errorf("kept until %v, want %v", p.PurgeAfter, next.kept)
 		}
 	}
 	wait(t, primary, globex.ID, 1)
@@ -215,8 +218,12 @@ func TestNothingOfAPurgedTenantNamesIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	asJane := resolved(t, tn, "jane@doe.test")
+	if err := c.AddMember(asJane, tenancy.Membership{User: "former-jane", Tenant: jane.ID}); err != nil {
+		t.Fatal(err)
+	}
+	former := resolved(t, tn, "former-jane")
 	if err := errors.Join(
-		c.AddMember(asJane, tenancy.Membership{User: "former-jane", Tenant: jane.ID}), c.RemoveMember(asJane, jane.ID, "former-jane"),
+		c.SetProfile(former, jane.ID, tenancy.Profile{DisplayName: "Jane"}), c.RemoveMember(asJane, jane.ID, "former-jane"),
 		c.AddMember(visit, tenancy.Membership{User: "late-jane", Tenant: jane.ID}),
 		c.Rename(ctx, jane.ID, "jane-smith"), c.AddDomain(ctx, jane.ID, "janesmith.test"), c.RemoveDomain(ctx, "janedoe.test"), c.AddDomain(ctx, globex.ID, "globex.test"),
 		c.Suspend(ctx, jane.ID, tenancy.Suspension{Message: "Jane is away", Drain: 1}), c.Delete(ctx, jane.ID),
