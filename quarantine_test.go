@@ -212,6 +212,7 @@ func TestNothingOfAPurgedTenantNamesIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	globex := create(t, f, tn, "globex")
+	byDomain := []tenancy.Hint{{Source: "domain", Trust: tenancy.Place, By: tenancy.ByDomain, Value: "janesmith.test"}}
 	boss := resolved(t, tn, "boss")
 	visit, err := tn.Impersonate(boss, jane.ID, tenancy.Visit{Reason: "Jane called", Until: time.Now().Add(time.Hour), Role: tenancy.RoleAdmin})
 	if err != nil {
@@ -226,6 +227,7 @@ func TestNothingOfAPurgedTenantNamesIt(t *testing.T) {
 		c.SetProfile(former, jane.ID, tenancy.Profile{DisplayName: "Jane"}), c.RemoveMember(asJane, jane.ID, "former-jane"),
 		c.AddMember(visit, tenancy.Membership{User: "late-jane", Tenant: jane.ID}),
 		c.Rename(ctx, jane.ID, "jane-smith"), c.AddDomain(ctx, jane.ID, "janesmith.test"), c.RemoveDomain(ctx, "janedoe.test"), c.AddDomain(ctx, globex.ID, "globex.test"),
+		second(tn.Resolve(ctx, tenancy.Query{Hints: byDomain})), // the node knows it now
 		c.Suspend(ctx, jane.ID, tenancy.Suspension{Message: "Jane is away", Drain: 1}), c.Delete(ctx, jane.ID),
 	); err != nil {
 		t.Fatal(err)
@@ -259,12 +261,19 @@ func TestNothingOfAPurgedTenantNamesIt(t *testing.T) {
 	if n := scan[int](t, primary, `SELECT count(*) FROM tenancy.audit WHERE tenant = $1 AND detail->>'domain' = 'globex.test'`, globex.ID); n != 1 {
 		t.Error("the other tenant's trail was changed")
 	}
-	// The nodes know that the domain is nobody's, and take its next owner.
+	// The node knows that the domain is nobody's: who asks for it is not written down as one who asked for her. The second is, and comes after.
+	for _, hint := range []tenancy.Hint{byDomain[0], {Source: "header", Trust: tenancy.Choice, By: tenancy.ByName, Value: "globex"}} {
+		wantError(t, second(tn.Resolve(ctx, tenancy.Query{User: "mallory", Hints: []tenancy.Hint{hint}})), tenancy.ErrForbidden)
+	}
+	until(t, 5*time.Second, fmt.Sprintf("[%d]", globex.ID), func() string {
+		return fmt.Sprint(scan[[]tenancy.ID](t, primary, `SELECT coalesce(array_agg(tenant ORDER BY id), '{}') FROM tenancy.audit WHERE actor = 'mallory'`))
+	})
+	// And it takes the next owner.
 	if err := c.AddDomain(ctx, globex.ID, "janesmith.test"); err != nil {
 		t.Fatal(err)
 	}
 	until(t, 5*time.Second, "globex", func() string {
-		ctx, err := node.Resolve(ctx, tenancy.Query{Hints: []tenancy.Hint{{Source: "domain", Trust: tenancy.Place, By: tenancy.ByDomain, Value: "janesmith.test"}}})
+		ctx, err := node.Resolve(ctx, tenancy.Query{Hints: byDomain})
 		if err != nil {
 			return err.Error()
 		}
