@@ -563,7 +563,7 @@ func TestTrojanTriggerGainsNothingFromAMigration(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := w.tn.Catalog().Purge(t.Context(), w.a.ID, "acme"); err != nil {
+	if _, err := w.tn.Catalog().PurgeNow(t.Context(), w.a.ID, "acme"); err != nil {
 		t.Fatal(err)
 	}
 }

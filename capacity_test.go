@@ -100,7 +100,7 @@ func TestAFullServerTakesNoTenant(t *testing.T) {
 	if err := c.Delete(ctx, gone.ID); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Purge(ctx, gone.ID, "acme-0"); err != nil {
+	if _, err := c.PurgeNow(ctx, gone.ID, "acme-0"); err != nil {
 		t.Fatal(err)
 	}
 	tenancytest.Create(t, tn, "globex")

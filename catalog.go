@@ -101,7 +101,7 @@ func (c *Catalog) write(ctx context.Context, op string, id ID, fn func(tx pgx.Tx
 
 // refusal keeps the errors that this package decided on, and calls all others what they are: the primary's.
 func refusal(op string, err error) error {
-	for _, class := range []error{ErrTenantNotFound, ErrTenantExists, ErrTenantGone, ErrUserLimit, ErrInvalid, ErrForbidden, ErrNoProvisioner, ErrNoRoom, ErrTenantNotReady, ErrInProgress} {
+	for _, class := range []error{ErrTenantNotFound, ErrTenantExists, ErrTenantGone, ErrQuarantined, ErrUserLimit, ErrInvalid, ErrForbidden, ErrNoProvisioner, ErrNoRoom, ErrTenantNotReady, ErrInProgress} {
 		if errors.Is(err, class) {
 			return err
 		}
@@ -144,28 +144,41 @@ func newUID() UID {
 }
 
 // Rename gives the tenant another unique name. IDs, data and logins stay as they are.
-// The error is [ErrInvalid], [ErrTenantExists] (the name is taken, by a tombstone too), [ErrTenantNotFound], [ErrTenantGone] or [ErrPrimaryUnavailable].
+// The error is [ErrInvalid], [ErrTenantExists] (the name is taken, also by a deleted tenant), [ErrTenantNotFound], [ErrTenantGone] or [ErrPrimaryUnavailable].
 func (c *Catalog) Rename(ctx context.Context, id ID, name string) error {
-	if err := ident.Slug(name); err != nil {
-		return &Error{Op: "rename", Tenant: id, Err: invalid(fmt.Errorf("name: %w", err))}
-	}
-	if single := c.tn.cfg.SingleTenant; single != "" && name != single {
-		return &Error{Op: "rename", Tenant: id, Err: invalid(fmt.Errorf("Config.SingleTenant is %q: the next start would not find it", single))}
+	if err := c.checkName(name); err != nil {
+		return &Error{Op: "rename", Tenant: id, Err: err}
 	}
 	return c.write(ctx, "rename", id, func(tx pgx.Tx) error {
 		if _, err := lockRow(ctx, tx, id); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET name = $2, updated = now() WHERE id = $1`, id, name); isState(err, "23505") {
-			return ErrTenantExists
-		} else if err != nil {
-			return err
-		}
-		if err := audit(ctx, tx, "rename", id, map[string]any{"name": name}); err != nil {
-			return err
-		}
-		return changed(ctx, tx, "tenant", id, "")
+		return rename(ctx, tx, "rename", id, name)
 	})
+}
+
+// checkName refuses what a tenant that is there cannot be called.
+func (c *Catalog) checkName(name string) error {
+	if err := ident.Slug(name); err != nil {
+		return invalid(fmt.Errorf("name: %w", err))
+	}
+	if single := c.tn.cfg.SingleTenant; single != "" && name != single {
+		return invalid(fmt.Errorf("Config.SingleTenant is %q: the next start would not find it", single))
+	}
+	return nil
+}
+
+// rename runs under the lock of the tenant's row.
+func rename(ctx context.Context, tx pgx.Tx, op string, id ID, name string) error {
+	if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET name = $2, updated = now() WHERE id = $1`, id, name); isState(err, "23505") {
+		return ErrTenantExists
+	} else if err != nil {
+		return err
+	}
+	if err := audit(ctx, tx, op, id, map[string]any{"name": name}); err != nil {
+		return err
+	}
+	return changed(ctx, tx, "tenant", id, "")
 }
 
 // lockRow locks a living tenant's row for the transaction and returns its state.

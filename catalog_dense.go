@@ -354,7 +354,7 @@ func (c *Catalog) leaveDense(ctx context.Context, p *place) error {
 			return err
 		}
 	}
-	if _, err := dropRoles(ctx, conn, p.denseRole); err != nil {
+	if err := dropRoles(ctx, conn, p.denseRole); err != nil {
 		return err
 	}
 	_, err = c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET dense_role = '', updated = now() WHERE id = $1 AND NOT dense`, p.id)

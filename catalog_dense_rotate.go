@@ -224,7 +224,7 @@ func (c *Catalog) dropOldDense(ctx context.Context, l *poolLogin) error {
 	if err := closeLogins(ctx, conn, []string{l.old}, nil, anySession, c.tn.cfg.DrainTimeout); err != nil {
 		return err
 	}
-	if _, err := dropRoles(ctx, conn, l.old); err != nil {
+	if err := dropRoles(ctx, conn, l.old); err != nil {
 		return err
 	}
 	if _, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.dense_logins SET old_login = '', updated = now() WHERE server = $1 AND isolation = $2 AND old_login = $3`, l.server, l.isolation, l.old); err != nil {

@@ -1,6 +1,7 @@
 package tenancy
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -42,13 +43,13 @@ type exportHead struct {
 //
 // A tenant in service is read through its own login, behind the wall that its calls are behind, on one connection beside its pool's. A table that the login may
 // not read, or in a schema of its own one with a policy of the service's, is an error (42501), and a suspension meanwhile ends the export. A tenant that is suspended, under maintenance or deleted is read as its owner: no other verb works on the tenant
-// meanwhile, and with [IsolationShared] no tenant is made, migrated or purged in the same schema. One whose purge has begun in a shared schema is refused: what is left is not all of it.
+// meanwhile, and with [IsolationShared] no tenant is made, migrated or purged in the same schema. One whose purge has begun is refused: what is left is not all of it.
 //
 // Nothing is kept in memory but a row, so w sets the pace, and vacuum waits for it. Until it ends it holds a read lock (ACCESS SHARE) on each table that it has read: a migration that alters
 // one waits, and the calls behind it, with [IsolationShared] those of all tenants. So write to a file, not to a slow client. Cancelling ctx ends the session at the server, and does not end a Write.
 // The audit trail has the action "export" before the first row is read, and "exported" with the numbers of rows after the last.
 //
-// The error is that of w, [ErrTenantNotFound], [ErrTenantGone] (purged), [ErrTenantNotReady], [ErrIdentity], [ErrNoProvisioner], [ErrInProgress],
+// The error is that of w, [ErrTenantNotFound], [ErrTenantGone] (purged, or begun to be), [ErrTenantNotReady], [ErrIdentity], [ErrNoProvisioner], [ErrInProgress],
 // [ErrPrimaryUnavailable] or the server's.
 func (c *Catalog) Export(ctx context.Context, id ID, w io.Writer) ([]ExportedRows, error) {
 	fail := func(err error) ([]ExportedRows, error) {
@@ -121,6 +122,10 @@ func (c *Catalog) exportable(ctx context.Context, id ID) (*place, error) {
 		return nil, ErrTenantGone
 	case p.state != "made":
 		return nil, hinted(ErrTenantNotReady, "its place was never finished: there is nothing to export")
+	case p.tenant.State == StateDeleted:
+		if _, begun, err := c.readReceipt(ctx, id); err != nil || begun {
+			return nil, cmp.Or(err, errHalfPurged)
+		}
 	}
 	return p, nil
 }

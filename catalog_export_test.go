@@ -93,7 +93,7 @@ func TestExportIsAllOfOneTenantAndNothingOfAnother(t *testing.T) {
 			}
 		}
 	}
-	if _, err := tn.Catalog().Purge(t.Context(), tenants[0].ID, tenants[0].Name); err != nil {
+	if _, err := tn.Catalog().PurgeNow(t.Context(), tenants[0].ID, tenants[0].Name); err != nil {
 		t.Fatal(err)
 	}
 	wantError(t, second(tn.Catalog().Export(t.Context(), tenants[0].ID, new(bytes.Buffer))), tenancy.ErrTenantGone)

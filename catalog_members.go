@@ -171,7 +171,7 @@ func (c *Catalog) Members(ctx context.Context, id ID) iter.Seq2[Membership, erro
 	}
 }
 
-// TenantsOf returns the memberships of a user in order of tenant ID; none is no error.
+// TenantsOf returns the memberships of a user in order of tenant ID, those in tenants out of service and in deleted ones included; none is no error.
 func (c *Catalog) TenantsOf(ctx context.Context, user UserKey) ([]Membership, error) {
 	return c.memberships(ctx, `user_key = $1`, user)
 }

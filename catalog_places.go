@@ -402,7 +402,7 @@ func (c *Catalog) dropUnused(ctx context.Context, p *place) error {
 	if err := fencePlace(ctx, p, atWork, 0); err != nil {
 		return err
 	}
-	if err := c.dropPlace(ctx, p, &Receipt{}); err != nil {
+	if err := c.dropPlace(ctx, p, nil); err != nil {
 		return err
 	}
 	_, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET `+placeGone+` WHERE id = $1 AND state = 'intent'`, p.id)

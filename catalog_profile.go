@@ -17,7 +17,8 @@ type Profile struct {
 	MaxUsers    int            // refused beyond when a member is added; 0: no limit
 	Attributes  map[string]any // the service's own, JSON of at most 64 KB
 
-	Created, Updated time.Time // by the primary's clock; SetProfile does not look at them
+	// By the primary's clock; SetProfile does not look at them. Deleted is zero for a tenant that is not, and PurgeAfter, the end of the quarantine, for one that is in none.
+	Created, Updated, Deleted, PurgeAfter time.Time
 }
 
 func (p *Profile) check() (err error) {
@@ -38,8 +39,15 @@ func (p *Profile) check() (err error) {
 
 // Profile returns the tenant's profile. The error is [ErrTenantNotFound] or [ErrPrimaryUnavailable].
 func (c *Catalog) Profile(ctx context.Context, id ID) (p Profile, err error) {
-	err = c.tn.primary.pool.QueryRow(ctx, `SELECT display_name, coalesce(max_users, 0), attributes, created, updated FROM tenancy.tenants WHERE id = $1`, id).
-		Scan(&p.DisplayName, &p.MaxUsers, &p.Attributes, &p.Created, &p.Updated)
+	var deleted, after *time.Time
+	err = c.tn.primary.pool.QueryRow(ctx, `SELECT display_name, coalesce(max_users, 0), attributes, created, updated, deleted, CASE WHEN state = 'deleted' THEN deleted + quarantine END
+		FROM tenancy.tenants WHERE id = $1`, id).Scan(&p.DisplayName, &p.MaxUsers, &p.Attributes, &p.Created, &p.Updated, &deleted, &after)
+	if deleted != nil {
+		p.Deleted = *deleted
+	}
+	if after != nil {
+		p.PurgeAfter = *after
+	}
 	if errors.Is(err, pgx.ErrNoRows) {
 		return p, &Error{Op: "read profile", Tenant: id, Err: ErrTenantNotFound}
 	}

@@ -420,8 +420,7 @@ func (c *Catalog) dropReader(ctx context.Context, r reader) error {
 		return err
 	}
 	defer closeConn(conn)
-	_, err = dropRoles(ctx, conn, r.role)
-	return err
+	return dropRoles(ctx, conn, r.role)
 }
 
 // closeReader closes the login and ends its sessions, and lists the tenants' own databases in which it has rights. Not those that it may connect to: a DROP OWNED BY in one of

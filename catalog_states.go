@@ -45,8 +45,9 @@ func (c *Catalog) Suspend(ctx context.Context, id ID, s Suspension) error {
 	return c.withdraw(ctx, "suspend", id, state, s)
 }
 
-// Delete takes a tenant into quarantine: as Suspend with the default drain, and for good. Its data, name and domains are kept until
-// [Catalog.Purge]; [Catalog.Restore] takes it back. It may be called again.
+// Delete takes a tenant into quarantine: as Suspend with the default drain, and for good. Its data, name, domains and memberships are kept until
+// [Catalog.Purge], which waits for Config.Quarantine; [Catalog.Restore] takes it back. Its members are refused with [ErrTenantGone], and TenantsOf goes on
+// listing the membership. It may be called again, and the quarantine ends when it would have.
 // The errors are those of Suspend.
 func (c *Catalog) Delete(ctx context.Context, id ID) error {
 	return c.withdraw(ctx, "delete", id, StateDeleted, Suspension{Drain: c.tn.cfg.DrainTimeout})
@@ -71,8 +72,9 @@ func (c *Catalog) withdraw(ctx context.Context, op string, id ID, to State, s Su
 			return ErrTenantNotReady
 		}
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = $2, message = $3, retry_after = $4, fenced = NULL, updated = now(),
+			quarantine = CASE WHEN $2 = 'deleted' AND deleted IS NULL THEN $5 ELSE quarantine END,
 			deleted = CASE WHEN $2 = 'deleted' THEN coalesce(deleted, now()) END WHERE id = $1`,
-			id, to, s.Message, int(s.RetryAfter/time.Second)); err != nil {
+			id, to, s.Message, int(s.RetryAfter/time.Second), c.tn.cfg.Quarantine); err != nil {
 			return err
 		}
 		if err := audit(ctx, tx, op, id, nil); err != nil {
@@ -124,17 +126,7 @@ func (c *Catalog) writeFenced(ctx context.Context, id ID) error {
 // Resume brings a suspended tenant back into service on every node.
 // The error is [ErrTenantNotFound], [ErrTenantGone] (deleted: see Restore), [ErrTenantNotReady], [ErrNoProvisioner] or [ErrPrimaryUnavailable].
 func (c *Catalog) Resume(ctx context.Context, id ID) error {
-	return c.reopen(ctx, "resume", id, StateSuspended, StateMaintenance)
-}
-
-// Restore takes a deleted tenant out of quarantine and back into service. The errors are those of Resume, and
-// [ErrInvalid] for a tenant that is suspended; a purged one is [ErrTenantGone].
-func (c *Catalog) Restore(ctx context.Context, id ID) error {
-	return c.reopen(ctx, "restore", id, StateDeleted)
-}
-
-// reopen opens the login first: a tenant is never active in the catalog and closed at the server.
-func (c *Catalog) reopen(ctx context.Context, op string, id ID, from ...State) error {
+	const op = "resume"
 	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
 	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
 	if err != nil {
@@ -145,6 +137,112 @@ func (c *Catalog) reopen(ctx context.Context, op string, id ID, from ...State) e
 	if err != nil {
 		return fail(err)
 	}
+	return c.reopen(ctx, op, p, StateSuspended, StateMaintenance)
+}
+
+// Restore takes a deleted tenant out of quarantine and back into service. The errors are those of Resume, and
+// [ErrInvalid] for a tenant that is suspended, or whose name was released; one that is purged, or whose purge has begun, is [ErrTenantGone].
+func (c *Catalog) Restore(ctx context.Context, id ID) error {
+	return c.restore(ctx, "restore", id, "")
+}
+
+// RestoreAs is Restore under another name, which is the tenant's from then on: for one whose name was released ([Catalog.ReleaseName]), and for any other
+// deleted one. A domain that it had is added again by [Catalog.AddDomain]. It is [ErrTenantExists] when the name is taken, and nothing is changed then.
+// If it dies half-way the tenant has the name and is deleted: Restore goes on.
+func (c *Catalog) RestoreAs(ctx context.Context, id ID, name string) error {
+	const op = "restore"
+	if err := c.checkName(name); err != nil {
+		return &Error{Op: op, Tenant: id, Err: err}
+	}
+	return c.restore(ctx, op, id, name)
+}
+
+// restore is reopen for a deleted tenant, after it was given the name; "" leaves it what it has.
+func (c *Catalog) restore(ctx context.Context, op string, id ID, name string) error {
+	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
+	if err != nil {
+		return fail(err)
+	}
+	defer release()
+	p, err := c.place(ctx, id)
+	if err != nil {
+		return fail(err)
+	}
+	if p.tenant.State == StateDeleted {
+		_, begun, err := c.readReceipt(ctx, id)
+		switch {
+		case err != nil:
+			return fail(err)
+		case begun:
+			return fail(errHalfPurged)
+		case name == "" && isTombstone(p.tenant.Name):
+			return fail(invalid(errors.New("name: it was released: Catalog.RestoreAs gives the tenant another one")))
+		}
+	}
+	if name != "" && name != p.tenant.Name {
+		err := c.write(ctx, op, id, func(tx pgx.Tx) error {
+			switch state, err := lockRow(ctx, tx, id); {
+			case err != nil:
+				return err
+			case state != StateDeleted:
+				return invalid(fmt.Errorf("state: the tenant is %s, and not deleted; see Rename", state))
+			}
+			return rename(ctx, tx, "rename", id, name)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return c.reopen(ctx, op, p, StateDeleted)
+}
+
+// ReleaseName frees the name and the domains of a deleted tenant for others at once, where they are kept for it until its purge otherwise. Its name is "#" and its ID
+// from then on, which Purge asks for, and only [Catalog.RestoreAs] takes it back. Calling it again changes nothing.
+//
+// The error is [ErrInvalid] when the tenant is not deleted, [ErrTenantNotFound], [ErrTenantGone] or [ErrPrimaryUnavailable].
+func (c *Catalog) ReleaseName(ctx context.Context, id ID) error {
+	const op = "release name"
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id) // or a Restore could be at work
+	if err != nil {
+		return &Error{Op: op, Tenant: id, Err: err}
+	}
+	defer release()
+	return c.write(ctx, op, id, func(tx pgx.Tx) error {
+		switch state, err := lockRow(ctx, tx, id); {
+		case err != nil:
+			return err
+		case state != StateDeleted:
+			return invalid(fmt.Errorf("state: the tenant is %s, only a deleted one has no need of its name", state))
+		}
+		rows, _ := tx.Query(ctx, `DELETE FROM tenancy.domains WHERE tenant = $1 RETURNING domain`, id)
+		domains, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil {
+			return err
+		}
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET name = '#' || id, updated = now() WHERE id = $1 AND name <> '#' || id`, id)
+		if err != nil || tag.RowsAffected() == 0 && len(domains) == 0 {
+			return err
+		}
+		if err := audit(ctx, tx, op, id, nil); err != nil {
+			return err
+		}
+		for _, domain := range domains {
+			if err := changed(ctx, tx, "domain", id, domain); err != nil {
+				return err
+			}
+		}
+		return changed(ctx, tx, "tenant", id, "")
+	})
+}
+
+// isTombstone says whether a name is that of a tenant whose own one is free: no tenant can have such a name.
+func isTombstone(name string) bool { return strings.HasPrefix(name, "#") }
+
+// reopen opens the login first: a tenant is never active in the catalog and closed at the server. The tenant's lock is held.
+func (c *Catalog) reopen(ctx context.Context, op string, p *place, from ...State) error {
+	id := p.tenant.ID
+	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
 	switch s := p.tenant.State; {
 	case s == StateActive:
 		return nil
@@ -166,7 +264,7 @@ func (c *Catalog) reopen(ctx context.Context, op string, id ID, from ...State) e
 		return fail(err)
 	}
 	return c.write(ctx, op, id, func(tx pgx.Tx) error {
-		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', message = '', retry_after = 0, fenced = NULL, deleted = NULL,
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', message = '', retry_after = 0, fenced = NULL, deleted = NULL, quarantine = DEFAULT,
 			generation = generation + 1, updated = now() WHERE id = $1 AND state = $2 AND generation = $3`, id, p.tenant.State, p.tenant.Generation)
 		if err != nil {
 			return err
@@ -190,7 +288,7 @@ func (c *Catalog) unfence(ctx context.Context, id ID) error {
 // unfinish takes a tenant that was deleted before it was ever made back to where Create goes on.
 func (c *Catalog) unfinish(ctx context.Context, id ID) error {
 	err := c.write(ctx, "restore", id, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'provisioning', deleted = NULL, fenced = NULL, updated = now() WHERE id = $1 AND state = 'deleted'`, id); err != nil {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'provisioning', deleted = NULL, quarantine = DEFAULT, fenced = NULL, updated = now() WHERE id = $1 AND state = 'deleted'`, id); err != nil {
 			return err
 		}
 		return changed(ctx, tx, "tenant", id, "")

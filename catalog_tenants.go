@@ -87,7 +87,7 @@ func (n *NewTenant) intent() []byte {
 	return sum[:]
 }
 
-// Create makes a tenant: roles, schema or database, marker row, grants and the service's migrations, or a login in a shared schema, and
+// Create makes a tenant: roles, schema or database, marker row, grants and the service's migrations, or a login in a shared schema, has Config.Seed fill it, and
 // returns it once it is active. Every node serves it from then on.
 //
 // It blocks until the tenant is active. The same call again, on any node, resumes one that died or failed
@@ -95,7 +95,7 @@ func (n *NewTenant) intent() []byte {
 // same request that has ended before, the error is [ErrTenantExists]. Cancelling ctx ends the work between two steps; what was made is found by the next call.
 //
 // The error is [ErrInvalid], [ErrTenantExists], [ErrNoMigrations], [ErrNoProvisioner], [ErrNoRoom], [ErrSetup] (a [*SetupError]: the server cannot
-// make databases; the text says what mends it, and nothing was made), [ErrInProgress], [ErrPrimaryUnavailable] or that of the server or a migration.
+// make databases; the text says what mends it, and nothing was made), [ErrInProgress], [ErrPrimaryUnavailable] or that of the server, a migration or Config.Seed.
 func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 	const op = "create"
 	fail := func(id ID, err error) (Tenant, error) {
@@ -170,6 +170,9 @@ func (c *Catalog) complete(ctx context.Context, p *place) error {
 			return err
 		}
 		p.dense = true
+	}
+	if err := c.seed(ctx, p); err != nil {
+		return err
 	}
 	return c.activate(ctx, p)
 }

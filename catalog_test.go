@@ -336,7 +336,7 @@ func TestAnUnfinishedTenantCanBeDeletedAndPurged(t *testing.T) {
 		if err := broken.Catalog().Delete(t.Context(), id); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := broken.Catalog().Purge(t.Context(), id, name); err != nil {
+		if _, err := broken.Catalog().PurgeNow(t.Context(), id, name); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -439,7 +439,7 @@ func TestMembersAndDefaults(t *testing.T) {
 	}
 }
 
-func TestNamesAndDomainsAreReservedBeyondDeath(t *testing.T) {
+func TestNamesAndDomainsAreReservedUntilThePurge(t *testing.T) {
 	t.Parallel()
 	f := tenancytest.NewFleet(t)
 	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations})
@@ -478,10 +478,12 @@ func TestNamesAndDomainsAreReservedBeyondDeath(t *testing.T) {
 	taken("deleted")
 	wantError(t, c.AddDomain(ctx, b.ID, "notes.acme.test"), tenancy.ErrTenantExists)
 	wantError(t, c.AddMember(ctx, tenancy.Membership{User: "late", Tenant: a.ID}), tenancy.ErrTenantGone)
-	if _, err := c.Purge(ctx, a.ID, "acme"); err != nil {
+	if _, err := c.PurgeNow(ctx, a.ID, "acme"); err != nil {
 		t.Fatal(err)
 	}
-	taken("purged")
+	if anew, err := c.Create(ctx, tenancy.NewTenant{Name: "acme"}); err != nil || anew.ID == a.ID || anew.UID == a.UID {
+		t.Errorf("a purged tenant's name is free: %+v, %v", anew, err)
+	}
 	if err := c.AddDomain(ctx, b.ID, "notes.acme.test"); err != nil {
 		t.Errorf("a purged tenant's domain is free: %v", err)
 	}
@@ -558,7 +560,7 @@ func TestDeleteIsAQuarantineAndPurgeLeavesNothing(t *testing.T) {
 	must(t, conn, `ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC`)
 	admin, p := f.Admin(t, "tenants"), placeOf(t, f, a.ID)
 
-	if _, err := c.Purge(ctx, a.ID, "acme"); !errors.Is(err, tenancy.ErrInvalid) {
+	if _, err := c.PurgeNow(ctx, a.ID, "acme"); !errors.Is(err, tenancy.ErrInvalid) {
 		t.Errorf("purging a living tenant: %v", err)
 	}
 	for range 2 {
@@ -584,11 +586,11 @@ func TestDeleteIsAQuarantineAndPurgeLeavesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"", "globex", "ACME", "acme "} {
-		if _, err := c.Purge(ctx, a.ID, name); !errors.Is(err, tenancy.ErrInvalid) || !strings.Contains(err.Error(), "name") {
+		if _, err := c.PurgeNow(ctx, a.ID, name); !errors.Is(err, tenancy.ErrInvalid) || !strings.Contains(err.Error(), "name") {
 			t.Errorf("purge by the name %q: %v", name, err)
 		}
 	}
-	receipt, err := c.Purge(ctx, a.ID, "acme")
+	receipt, err := c.PurgeNow(ctx, a.ID, "acme")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -617,12 +619,12 @@ func TestDeleteIsAQuarantineAndPurgeLeavesNothing(t *testing.T) {
 		FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source WHERE t.id = $1`, a.ID); left != "purged  {} 0 dropped 0 0 0" {
 		t.Errorf("the tombstone is %q", left)
 	}
-	for op, err := range map[string]error{"purge": second(c.Purge(ctx, a.ID, "acme")), "restore": c.Restore(ctx, a.ID), "resume": c.Resume(ctx, a.ID), "delete": c.Delete(ctx, a.ID), "enter": second(tn.Enter(ctx, a.ID))} {
+	for op, err := range map[string]error{"purge": second(c.PurgeNow(ctx, a.ID, "acme")), "restore": c.Restore(ctx, a.ID), "resume": c.Resume(ctx, a.ID), "delete": c.Delete(ctx, a.ID), "enter": second(tn.Enter(ctx, a.ID))} {
 		if !errors.Is(err, tenancy.ErrTenantGone) {
 			t.Errorf("%s of a purged tenant: %v", op, err)
 		}
 	}
-	if _, err := c.Purge(ctx, 999, "acme"); !errors.Is(err, tenancy.ErrTenantNotFound) {
+	if _, err := c.PurgeNow(ctx, 999, "acme"); !errors.Is(err, tenancy.ErrTenantNotFound) {
 		t.Error(err)
 	}
 	if got := scan[string](t, login(t, tn, b.ID), `SELECT title FROM notes`); got != "globex" {
@@ -641,12 +643,12 @@ func TestDeleteIsAQuarantineAndPurgeLeavesNothing(t *testing.T) {
 }
 
 // TestATenantOfThousandsOfTablesIsPurged runs on a server with so few locks that one statement cannot drop the schema:
-// those of a server as it is installed for 3,000 tables (TENANCY_LONG=1), and in proportion for 300.
+// those of a server as it is installed for 5,000 tables (TENANCY_LONG=1), and in proportion for 1,200.
 func TestATenantOfThousandsOfTablesIsPurged(t *testing.T) {
 	t.Parallel()
-	tables, settings := 300, map[string]string{"max_locks_per_transaction": "10", "max_connections": "40"}
+	tables, settings := 1200, map[string]string{"max_locks_per_transaction": "10", "max_connections": "40"}
 	if os.Getenv("TENANCY_LONG") == "1" {
-		tables, settings = 3000, map[string]string{"max_locks_per_transaction": "64", "max_connections": "100"}
+		tables, settings = 5000, map[string]string{"max_locks_per_transaction": "64", "max_connections": "100"}
 	}
 	server, err := pgembed.Start(t.Context(), pgembed.Options{Settings: settings})
 	if err != nil {
@@ -670,11 +672,14 @@ func TestATenantOfThousandsOfTablesIsPurged(t *testing.T) {
 		Server: tenancy.ServerConfig{URL: at("provisioner", "fleet_tenants")}}); err != nil {
 		t.Fatal(err)
 	}
-	files := fstest.MapFS{}
-	for i := 1; i <= tables/20; i++ { // in steps, as a service grows
+	files := fstest.MapFS{"00001_parts.sql": {Data: []byte("-- +goose Up\nCREATE TABLE parts (id bigint, title text) PARTITION BY LIST (id);\n")}}
+	for i := 2; i <= tables/20+1; i++ { // in steps, as a service grows
 		files[fmt.Sprintf("%05d_tables.sql", i)] = &fstest.MapFile{Data: fmt.Appendf(nil, `-- +goose Up
 -- +goose StatementBegin
-DO $$ BEGIN FOR i IN 1..20 LOOP EXECUTE format('CREATE TABLE t_%d_%%s (id bigint PRIMARY KEY, title text)', i); END LOOP; END $$;
+DO $$ BEGIN
+FOR i IN 1..16 LOOP EXECUTE format('CREATE TABLE t_%[1]d_%%s (id bigint PRIMARY KEY, title text)', i); END LOOP;
+FOR i IN 1..4 LOOP EXECUTE format('CREATE TABLE parts_%[1]d_%%s PARTITION OF parts FOR VALUES IN (%%s)', i, %[1]d * 4 + i); END LOOP;
+END $$;
 -- +goose StatementEnd
 `, i)}
 	}
@@ -702,7 +707,9 @@ DO $$ BEGIN FOR i IN 1..20 LOOP EXECUTE format('CREATE TABLE t_%d_%%s (id bigint
 	if err := tn.Catalog().Delete(t.Context(), made.ID); err != nil {
 		t.Fatal(err)
 	}
-	receipt, err := tn.Catalog().Purge(t.Context(), made.ID, "acme")
+	began := time.Now()
+	receipt, err := tn.Catalog().PurgeNow(t.Context(), made.ID, "acme")
+	t.Logf("%d relations were dropped in %v", receipt.Tables, time.Since(began).Round(time.Millisecond))
 	if err != nil || receipt.Tables < tables {
 		t.Fatalf("%d tables, %v", receipt.Tables, err)
 	}
@@ -779,7 +786,7 @@ func TestATenantMovesToAPlacePreparedForIt(t *testing.T) {
 	if err := c.Delete(ctx, a.ID); err != nil {
 		t.Fatal(err)
 	}
-	if receipt, err := c.Purge(ctx, a.ID, "acme"); err != nil || len(receipt.Roles) != 6 {
+	if receipt, err := c.PurgeNow(ctx, a.ID, "acme"); err != nil || len(receipt.Roles) != 6 {
 		t.Errorf("both places are purged: %+v, %v", receipt, err)
 	}
 }
@@ -893,7 +900,7 @@ func TestEveryWriteIsNumberedAnnouncedAndAudited(t *testing.T) {
 		{"delete", "delete", func() error { return c.Delete(ctx, a.ID) }},
 		{"restore", "restore", func() error { return c.Restore(ctx, a.ID) }},
 		{"delete_again", "delete", func() error { return c.Delete(ctx, a.ID) }},
-		{"purge", "purge", func() error { return second(c.Purge(ctx, a.ID, "acme-2")) }},
+		{"purge", "purge", func() error { return second(c.PurgeNow(ctx, a.ID, "acme-2")) }},
 	} {
 		epoch, audits := read()
 		if err := w.write(); err != nil {

@@ -303,7 +303,7 @@ func TestCitusTenantsLive(t *testing.T) {
 	if err := c.Delete(t.Context(), w.a.ID); err != nil {
 		t.Fatal(err)
 	}
-	receipt, err := c.Purge(t.Context(), w.a.ID, "acme")
+	receipt, err := c.PurgeNow(t.Context(), w.a.ID, "acme")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/msmt-go/tenancy/internal/ident"
 )
@@ -72,6 +73,9 @@ type Config struct {
 	Limits Limits
 	// DrainTimeout is how long Close, Suspend, Delete, SetDataSource and RotatePassword wait for work in flight. Default: 10 s.
 	DrainTimeout time.Duration
+	// Quarantine is how long Catalog.Purge refuses to drop a tenant after Delete, so that Restore can take back what was deleted by mistake. It is written down
+	// by the Delete: another setting later, or on another node, counts for what is deleted then. Default: 30 days. From 1 ms to 10 years.
+	Quarantine time.Duration
 	// CheckPrimaryOnly makes Open refuse a primary whose own schema is behind, where the
 	// default is to bring it up to date.
 	CheckPrimaryOnly bool
@@ -81,6 +85,12 @@ type Config struct {
 	ReferenceTables bool
 	// Logger receives what an operator should know. Default: slog.Default().
 	Logger *slog.Logger
+
+	// Seed fills a new tenant with the rows that it begins with. Create runs it after the migrations and before the tenant is served, with a transaction of the
+	// tenant's own login: it can reach what the tenant's calls can, and nothing of another tenant's. ctx has no tenant, and tx is the way to the data.
+	// Its error, or panic, rolls all of it back and fails Create, and the same Create tries again. It can run again after a commit, where the process died or
+	// its connection broke before the tenant was recorded as active: write with ON CONFLICT. It must not end tx. Default: none.
+	Seed func(ctx context.Context, t Tenant, tx pgx.Tx) error
 
 	// Store tells of names, domains, memberships and suspensions in the primary's place. Default: the primary.
 	Store Store
@@ -273,6 +283,7 @@ func (c Config) withDefaults() Config {
 	def(&c.Limits.StatementTimeout, 30*time.Second)
 	def(&c.Limits.Provisions, 2)
 	def(&c.DrainTimeout, 10*time.Second)
+	def(&c.Quarantine, 30*24*time.Hour)
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
@@ -331,6 +342,7 @@ func (c Config) validate() error {
 		within("Lookups.Timeout", l.Timeout, 10*time.Millisecond, time.Minute),
 		c.Limits.validate(),
 		within("DrainTimeout", c.DrainTimeout, time.Millisecond, time.Hour),
+		within("Quarantine", c.Quarantine, time.Millisecond, 10*365*24*time.Hour),
 	)
 }
 

@@ -92,7 +92,7 @@ func finishLives(t *testing.T, f *tenancytest.Fleet, tn *tenancy.Tenancy, rng *r
 			}
 		}
 		if tenant.State != tenancy.StatePurged {
-			if _, err := tn.Catalog().Purge(t.Context(), tenant.ID, tenant.Name); err != nil {
+			if _, err := tn.Catalog().PurgeNow(t.Context(), tenant.ID, tenant.Name); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -179,7 +179,7 @@ func TestLifeProcess(t *testing.T) {
 			err = c.Delete(t.Context(), made.ID)
 		}
 		if err == nil {
-			_, err = c.Purge(t.Context(), made.ID, made.Name)
+			_, err = c.PurgeNow(t.Context(), made.ID, made.Name)
 		}
 		if err != nil {
 			t.Fatal(err)

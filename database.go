@@ -42,27 +42,27 @@ func makeDatabase(ctx context.Context, conn *pgx.Conn, p *place) error {
 // dropDatabase drops the place's own database, if it is there. The place's logins are closed and their sessions ended before.
 //
 // Without FORCE: that refuses a provisioner where an autovacuum is at work, which DROP DATABASE alone sends away.
-func dropDatabase(ctx context.Context, conn *pgx.Conn, p *place) (dropped bool, err error) {
+func dropDatabase(ctx context.Context, conn *pgx.Conn, p *place) error {
 	found, err := findDatabase(ctx, conn, p)
 	if err != nil || !found.there {
-		return false, err
+		return err
 	}
 	name := ident.Quote(p.source.Database)
 	if !found.broken {
 		if err := execDDL(ctx, conn, "ALTER DATABASE "+name+" ALLOW_CONNECTIONS false"); err != nil {
-			return false, err
+			return err
 		}
 	}
 	// A node that died can have left a session of the provisioner's; and a reader can be at work there.
 	if _, err := conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1
 		AND (usename = current_user OR usename ~ ('^t_[0-9a-f]{20}' || $2 || '$') AND pg_has_role(usename, 'MEMBER'))`, p.source.Database, readerSuffix); err != nil {
-		return false, fmt.Errorf("end sessions: %w", err)
+		return fmt.Errorf("end sessions: %w", err)
 	}
 	err = execUnused(ctx, conn, "DROP DATABASE "+name)
 	if isState(err, objectInUse) {
 		err = fmt.Errorf("sessions that are not the tenant's are in it, see pg_stat_activity: %w", err)
 	}
-	return err == nil, err
+	return err
 }
 
 // foundDatabase is what the server says of a place's own database. One that is broken was being dropped when the server or the session

@@ -321,7 +321,7 @@ func TestADatabaseOfAnotherIsNotTouched(t *testing.T) {
 	if err := broken.Catalog().Delete(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
-	refused("purge", second(broken.Catalog().Purge(t.Context(), id, "acme")))
+	refused("purge", second(broken.Catalog().PurgeNow(t.Context(), id, "acme")))
 	if n := scan[int](t, admin, `SELECT count(*) FROM pg_database WHERE datname = $1`, place); n != 1 {
 		t.Error("the database of another is gone")
 	}
@@ -393,7 +393,7 @@ func TestATenantWithADatabaseLivesAsOneWithASchema(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer forgotten.Close(context.Background())
-	receipt, err := c.Purge(ctx, acme.ID, "acme")
+	receipt, err := c.PurgeNow(ctx, acme.ID, "acme")
 	if err != nil || !slices.Equal(receipt.Databases, []string{old.Database}) || len(receipt.Roles) != 3 {
 		t.Errorf("the receipt is %+v, %v", receipt, err)
 	}
@@ -576,7 +576,7 @@ func TestInitGivesAndTakesTheRightToMakeDatabases(t *testing.T) {
 	if err := tn.Catalog().Delete(ctx, acme.ID); err != nil {
 		t.Fatal(err)
 	}
-	if receipt, err := tn.Catalog().Purge(ctx, acme.ID, "acme"); err != nil || len(receipt.Databases) != 1 {
+	if receipt, err := tn.Catalog().PurgeNow(ctx, acme.ID, "acme"); err != nil || len(receipt.Databases) != 1 {
 		t.Errorf("%+v, %v", receipt, err)
 	}
 	f.AllowDatabases(t)
@@ -744,7 +744,7 @@ func TestAPurgeOfADatabaseGoesOnWhereItDied(t *testing.T) {
 			t.Fatal(err)
 		}
 		must(t, admin, strings.ReplaceAll(died, "{}", place))
-		receipt, err := c.Purge(ctx, made.ID, made.Name)
+		receipt, err := c.PurgeNow(ctx, made.ID, made.Name)
 		if err != nil || len(receipt.Databases) != 1 && !strings.HasPrefix(died, "DROP DATABASE") {
 			t.Errorf("after %s: %+v, %v", died, receipt, err)
 		}
@@ -786,7 +786,7 @@ func TestASuspendedTenantMovesIntoADatabase(t *testing.T) {
 	if err := c.Delete(ctx, initech.ID); err != nil {
 		t.Fatal(err)
 	}
-	if receipt, err := c.Purge(ctx, initech.ID, "initech"); err != nil || len(receipt.Databases) != 1 || receipt.Tables == 0 || len(receipt.Roles) != 6 {
+	if receipt, err := c.PurgeNow(ctx, initech.ID, "initech"); err != nil || len(receipt.Databases) != 1 || receipt.Tables == 0 || len(receipt.Roles) != 6 {
 		t.Errorf("both places are purged: %+v, %v", receipt, err)
 	}
 	assertDatabases(t, f)
@@ -835,7 +835,7 @@ func TestAnAutovacuumDoesNotKeepADatabase(t *testing.T) {
 	if err := tn.Catalog().Delete(ctx, made.ID); err != nil {
 		t.Fatal(err)
 	}
-	if receipt, err := tn.Catalog().Purge(ctx, made.ID, "acme"); err != nil || !slices.Equal(receipt.Databases, []string{d.Database}) {
+	if receipt, err := tn.Catalog().PurgeNow(ctx, made.ID, "acme"); err != nil || !slices.Equal(receipt.Databases, []string{d.Database}) {
 		t.Errorf("%+v, %v", receipt, err)
 	}
 }
@@ -902,7 +902,7 @@ func TestDatabasesAreMadeAtOnce(t *testing.T) {
 			}
 			if err := nodes[i%2].Catalog().Delete(t.Context(), made.ID); err != nil {
 				t.Error(err)
-			} else if _, err := nodes[1-i%2].Catalog().Purge(t.Context(), made.ID, made.Name); err != nil {
+			} else if _, err := nodes[1-i%2].Catalog().PurgeNow(t.Context(), made.ID, made.Name); err != nil {
 				t.Error(err)
 			}
 		})

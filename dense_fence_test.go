@@ -329,7 +329,7 @@ func TestATenantOfASharedPoolIsDeletedRestoredAndPurged(t *testing.T) {
 		if err := c.Delete(t.Context(), id); err != nil {
 			t.Fatal(err)
 		}
-		receipt, err := c.Purge(t.Context(), id, "acme")
+		receipt, err := c.PurgeNow(t.Context(), id, "acme")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -77,7 +77,7 @@ func TestATenantHasOnePrimaryDomain(t *testing.T) {
 	if err := c.Delete(ctx, b); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Purge(ctx, b, "globex"); err != nil {
+	if _, err := c.PurgeNow(ctx, b, "globex"); err != nil {
 		t.Fatal(err)
 	}
 	wantDomains(t, tn, b)

@@ -23,7 +23,7 @@ var (
 	ErrTenantMismatch = errors.New("tenancy: tenant mismatch")
 	// ErrTenantNotFound: no such tenant.
 	ErrTenantNotFound = errors.New("tenancy: no such tenant")
-	// ErrTenantExists: the name is taken, by a living tenant or by the tombstone of a deleted one.
+	// ErrTenantExists: the name is taken, by a living tenant or by a deleted one that is not purged and whose name was not released.
 	ErrTenantExists = errors.New("tenancy: tenant name is taken")
 	// ErrTenantSuspended: the tenant is suspended.
 	ErrTenantSuspended = errors.New("tenancy: tenant is suspended")
@@ -31,6 +31,8 @@ var (
 	ErrTenantMaintenance = errors.New("tenancy: tenant is under maintenance")
 	// ErrTenantGone: the tenant was deleted.
 	ErrTenantGone = errors.New("tenancy: tenant was deleted")
+	// ErrQuarantined: the tenant was deleted too short a time ago to be purged; the text says until when.
+	ErrQuarantined = errors.New("tenancy: tenant is in quarantine")
 	// ErrTenantNotReady: the tenant is still being provisioned.
 	ErrTenantNotReady = errors.New("tenancy: tenant is being provisioned")
 	// ErrTenantUnavailable: the tenant's own database could not be reached. Other tenants are not concerned.

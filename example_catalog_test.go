@@ -38,6 +38,23 @@ func ExampleCatalog_Suspend() {
 	_ = maintain
 }
 
+// A job of every day drops the deleted tenants whose quarantine is over.
+func ExampleCatalog_Purge() {
+	var tn *tenancy.Tenancy // of tenancy.Open
+	purge := func(ctx context.Context) error {
+		for t, err := range tn.Catalog().Tenants(ctx, tenancy.Filter{State: tenancy.StateDeleted}) {
+			if err != nil {
+				return err
+			}
+			if _, err := tn.Catalog().Purge(ctx, t.ID, t.Name); err != nil && !errors.Is(err, tenancy.ErrQuarantined) {
+				return err
+			}
+		}
+		return nil
+	}
+	_ = purge
+}
+
 // Tenants are read page by page; the error comes with the last pair.
 func ExampleCatalog_Tenants() {
 	var tn *tenancy.Tenancy // of tenancy.Open

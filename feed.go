@@ -252,6 +252,9 @@ func (f *feed) apply(ctx context.Context, c change) {
 		}
 		v.users.forget(UserKey(c.key))
 	case "domain":
+		if c.key == "" { // erased
+			v.domains.forgetAll()
+		}
 		v.domains.forget(c.key)
 	default: // "server", "all", and kinds of a newer release
 		v.forgetEverything()

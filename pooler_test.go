@@ -699,7 +699,7 @@ func TestTenantsWithADatabaseBehindPgBouncer(t *testing.T) {
 		if err := tn.Catalog().Delete(t.Context(), acme.ID); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := tn.Catalog().Purge(t.Context(), acme.ID, "acme"); err != nil {
+		if _, err := tn.Catalog().PurgeNow(t.Context(), acme.ID, "acme"); err != nil {
 			t.Error(err)
 		}
 		wantTitles(t, tn, "globex")

@@ -311,7 +311,7 @@ func TestPlacesComeAndGoBesideAReader(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantRead(t, conn, schema, tenant)
-		if _, err := c.Purge(t.Context(), tenant.ID, tenant.Name); err != nil {
+		if _, err := c.PurgeNow(t.Context(), tenant.ID, tenant.Name); err != nil {
 			t.Errorf("purge beside a reader: %v", err)
 		}
 	}
@@ -328,7 +328,7 @@ func TestPlacesComeAndGoBesideAReader(t *testing.T) {
 	if err := c.Delete(t.Context(), tenants[5].ID); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Purge(t.Context(), tenants[5].ID, tenants[5].Name); err != nil {
+	if _, err := c.PurgeNow(t.Context(), tenants[5].ID, tenants[5].Name); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.DropReader(t.Context(), "main"); err != nil {

@@ -247,7 +247,7 @@ func TestAnUnfinishedRotationLeavesNoDoorOpen(t *testing.T) {
 			if err := c.Delete(t.Context(), made.ID); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := c.Purge(t.Context(), made.ID, made.Name); err != nil {
+			if _, err := c.PurgeNow(t.Context(), made.ID, made.Name); err != nil {
 				t.Fatal(err)
 			}
 			if n := scan[int](t, admin, `SELECT count(*) FROM pg_roles WHERE starts_with(rolname, $1)`, schema); n != 0 {
@@ -327,7 +327,7 @@ func TestARotationIsRefusedWhereThereIsNothingToRotate(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantError(t, c.RotatePassword(ctx, acme.ID), tenancy.ErrTenantGone)
-	if _, err := c.Purge(ctx, acme.ID, "acme"); err != nil {
+	if _, err := c.PurgeNow(ctx, acme.ID, "acme"); err != nil {
 		t.Fatal(err)
 	}
 	wantError(t, c.RotatePassword(ctx, acme.ID), tenancy.ErrTenantGone)

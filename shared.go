@@ -238,26 +238,26 @@ type ErasedRows struct {
 	Rows  int64
 }
 
-// erase deletes the tenant's rows from its area, all calls together: the receipt of one that died goes on in the next. The tenant's logins are closed.
+// erase deletes the tenant's rows from its area, and returns how many, all calls together; nil where it never had any. The tenant's logins are closed.
 //
 // It is the owner who deletes, in a session of its own: on the provisioner's, what the service's triggers run would have the provisioner's rights.
-func (c *Catalog) erase(ctx context.Context, p *place, r *Receipt) error {
+func (c *Catalog) erase(ctx context.Context, p *place) (erased []ErasedRows, err error) {
 	ctx, release, err := c.lockArea(ctx, p)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer release()
 	conn, err := p.provisionerConn(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer closeConn(conn)
 	var there bool
 	err = conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = 'tenancy_marker'`, p.source.Schema).Scan(&there)
 	if err != nil || !there { // nobody was admitted
-		return err
+		return nil, err
 	}
-	return c.asOwner(ctx, conn, p, func(ctx context.Context, cc *pgx.ConnConfig) error {
+	err = c.asOwner(ctx, conn, p, func(ctx context.Context, cc *pgx.ConnConfig) error {
 		return asArea(ctx, cc, func(owner *pgx.Conn) error {
 			wall := p.wall()
 			for _, login := range append(p.logins(), p.denseRoles()...) {
@@ -270,11 +270,12 @@ func (c *Catalog) erase(ctx context.Context, p *place, r *Receipt) error {
 				return nil
 			}
 			for _, count := range rows {
-				r.Rows = append(r.Rows, ErasedRows{count.Table, count.Rows})
+				erased = append(erased, ErasedRows{count.Table, count.Rows})
 			}
 			return err
 		})
 	})
+	return erased, err
 }
 
 // errSharedStays refuses what this release cannot do with a tenant of an area.

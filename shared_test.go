@@ -240,11 +240,11 @@ func TestPurgeErasesTheRowsOfOneTenant(t *testing.T) {
 	// A Purge dies after its first thousand rows: a trigger of the service's keeps one of the others.
 	must(t, admin, `CREATE FUNCTION `+place.table("keep")+`() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF OLD.title = '1500' THEN RAISE 'kept'; END IF; RETURN OLD; END $$`)
 	must(t, admin, `CREATE TRIGGER keep BEFORE DELETE ON `+place.table("notes")+` FOR EACH ROW EXECUTE FUNCTION `+place.table("keep")+`()`)
-	if _, err := tn.Catalog().Purge(t.Context(), acme.ID, "acme"); sqlState(err) != "P0001" {
+	if _, err := tn.Catalog().PurgeNow(t.Context(), acme.ID, "acme"); sqlState(err) != "P0001" {
 		t.Fatalf("purge: %v", err)
 	}
 	must(t, admin, `DROP FUNCTION `+place.table("keep")+`() CASCADE`)
-	receipt, err := tn.Catalog().Purge(t.Context(), acme.ID, "acme")
+	receipt, err := tn.Catalog().PurgeNow(t.Context(), acme.ID, "acme")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -495,7 +495,7 @@ func TestTenantsOfASharedSchemaAreMadeAtOnce(t *testing.T) {
 			made, err := tn.Catalog().Create(t.Context(), tenancy.NewTenant{Name: name})
 			if err == nil && i%4 < 2 { // purged while others are made
 				if err = tn.Catalog().Delete(t.Context(), made.ID); err == nil {
-					_, err = tn.Catalog().Purge(t.Context(), made.ID, name)
+					_, err = tn.Catalog().PurgeNow(t.Context(), made.ID, name)
 				}
 			}
 			if err != nil {
@@ -565,7 +565,7 @@ func TestAMigrationThatFailsIsTriedOnceForASharedSchema(t *testing.T) {
 	if err := next.Catalog().Delete(t.Context(), acme.ID); err != nil { // its rows can be erased all the same
 		t.Fatal(err)
 	}
-	if r, err := next.Catalog().Purge(t.Context(), acme.ID, "acme"); err != nil || !slices.Equal(r.Rows, []tenancy.ErasedRows{{Table: "notes", Rows: 1}}) {
+	if r, err := next.Catalog().PurgeNow(t.Context(), acme.ID, "acme"); err != nil || !slices.Equal(r.Rows, []tenancy.ErasedRows{{Table: "notes", Rows: 1}}) {
 		t.Errorf("purged %+v, %v", r, err)
 	}
 }
@@ -609,7 +609,7 @@ func TestASharedSchemaIsMadeOnALeastBudget(t *testing.T) {
 	if err := tn.Catalog().DropReader(ctx, "main"); err != nil {
 		t.Error(err)
 	}
-	if _, err := tn.Catalog().Purge(ctx, made.ID, "acme"); err != nil {
+	if _, err := tn.Catalog().PurgeNow(ctx, made.ID, "acme"); err != nil {
 		t.Error(err)
 	}
 }

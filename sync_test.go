@@ -238,7 +238,7 @@ func TestARefusedSyncChangesNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := c.Purge(ctx, purged, "purged"); err != nil {
+	if _, err := c.PurgeNow(ctx, purged, "purged"); err != nil {
 		t.Fatal(err)
 	}
 	mustAdd(t, tn,
@@ -559,7 +559,7 @@ func TestSyncsAndAllOtherVerbsGoTogether(t *testing.T) {
 			made, err := nodes[0].Create(ctx, tenancy.NewTenant{Name: name, Admin: "mixed-0", Domains: []string{name + ".test", "a-" + name + ".test"}})
 			if err == nil {
 				err = errors.Join(nodes[1].AddMember(ctx, tenancy.Membership{User: "mixed-1", Tenant: made.ID, Source: "ldap"}), nodes[1].Delete(ctx, made.ID),
-					second(nodes[0].Purge(ctx, made.ID, name)))
+					second(nodes[0].PurgeNow(ctx, made.ID, name)))
 			}
 			if err != nil {
 				t.Error(err)

@@ -33,8 +33,8 @@ const (
 	StateActive       State = "active"       // served
 	StateSuspended    State = "suspended"    // refused with 403, its sessions ended at the server
 	StateMaintenance  State = "maintenance"  // refused with 503 and the operator's message
-	StateDeleted      State = "deleted"      // in quarantine: access is gone, data and name are kept
-	StatePurged       State = "purged"       // data dropped; the tombstone keeps the ID, UID and name from reuse
+	StateDeleted      State = "deleted"      // in quarantine: access is gone, data is kept, and the name unless it was released
+	StatePurged       State = "purged"       // data dropped; the tombstone keeps the ID and UID from reuse, and says nothing of who it was
 )
 
 // Isolation is how a tenant's data is kept apart from that of others.
@@ -76,7 +76,7 @@ const (
 type Tenant struct {
 	ID          ID
 	UID         UID
-	Name        string // the unique slug; may be renamed
+	Name        string // the unique slug; may be renamed. "#" and the ID when the tenant was purged, or its name released
 	DisplayName string // free text
 	State       State
 	Isolation   Isolation // of the place where its data is now

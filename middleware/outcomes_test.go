@@ -438,7 +438,7 @@ func (s *outcomeService) enter(t *testing.T, state string) {
 	case "deleted":
 		err = c.Delete(ctx, s.acme)
 	case "purged":
-		_, err = c.Purge(ctx, s.acme, "acme")
+		_, err = c.PurgeNow(ctx, s.acme, "acme")
 	}
 	if err != nil {
 		t.Fatal(err)
