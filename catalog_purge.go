@@ -139,6 +139,11 @@ func (c *Catalog) dropPlace(ctx context.Context, p *place, r *Receipt) error {
 			r.Databases = append(r.Databases, p.source.Database)
 		}
 	default:
+		done, err := p.act(ctx, conn, p.owner)
+		if err != nil {
+			return err
+		}
+		defer done() // it ends with the role
 		tables, err := dropSchema(ctx, conn, p)
 		r.Tables += tables
 		if err != nil {

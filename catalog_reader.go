@@ -280,7 +280,7 @@ func (c *Catalog) openToReader(ctx context.Context, p *place, role string) error
 	if p.isolation == IsolationShared { // the functions of its schema are called, which is for its owner
 		return c.asOwner(ctx, conn, p, func(ctx context.Context, cc *pgx.ConnConfig) error { return readAsOwner(ctx, cc, p, role) })
 	}
-	if err := grantReader(ctx, conn, p, role); err != nil || p.isolation != IsolationDatabase {
+	if err := p.actOnce(ctx, conn, p.owner, func() error { return grantReader(ctx, conn, p, role) }); err != nil || p.isolation != IsolationDatabase {
 		return err
 	}
 	return ask(ctx, conn, readerChecks(role))

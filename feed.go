@@ -287,7 +287,7 @@ func (f *feed) revise(ctx context.Context, id ID) {
 // report tells the primary which change this node has applied, which fences wait for.
 func (f *feed) report(ctx context.Context) error {
 	cfg, pool := f.tn.cfg, f.tn.primary.follow
-	_, err := pool.Exec(ctx, `INSERT INTO tenancy.nodes (id, name, epoch, serves, address) VALUES ($1, $2, $3, $4, $5)
+	_, err := pool.Exec(ctx, `INSERT INTO tenancy.nodes (id, name, epoch, serves, address, acts) VALUES ($1, $2, $3, $4, $5, true)
 		ON CONFLICT (id) DO UPDATE SET epoch = excluded.epoch, seen = now()`, f.node, f.name, f.epoch, cfg.serves(), cfg.NodeAddress)
 	if err != nil {
 		return unavailable("report", err)
