@@ -52,26 +52,26 @@ func (p *place) act(ctx context.Context, conn *pgx.Conn, roles ...string) (end f
 	}, nil
 }
 
-// actOnce is act for who has not the tenant's lock: the membership is in one transaction with what fn does, and ends with it. A verb that is one
-// already goes on being it.
-func (p *place) actOnce(ctx context.Context, conn *pgx.Conn, role string, fn func() error) error {
+// actOnce is act for who has not the tenant's lock: the memberships are in one transaction with what fn does on conn, and end with it. A verb that has one
+// already keeps it.
+func actOnce(ctx context.Context, conn *pgx.Conn, roles []string, fn func() error) error {
 	for end := time.Now().Add(lockPatience); ; {
 		err := pgx.BeginFunc(ctx, conn, func(pgx.Tx) error {
-			var held bool
-			if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.roleid
-				WHERE m.member = (SELECT oid FROM pg_roles WHERE rolname = current_user) AND m.grantor = m.member AND r.rolname = $1`, role).Scan(&held); err != nil {
+			rows, _ := conn.Query(ctx, `SELECT rolname::text FROM pg_roles r WHERE rolname = ANY($1) AND NOT EXISTS (SELECT FROM pg_auth_members m
+				WHERE m.roleid = r.oid AND m.grantor = m.member AND m.member = (SELECT oid FROM pg_roles WHERE rolname = current_user)) ORDER BY 1`, roles)
+			missing, err := pgx.CollectRows(rows, pgx.RowTo[string])
+			if err != nil {
 				return err
 			}
-			if held {
-				return fn()
+			if len(missing) > 0 {
+				if _, err := conn.Exec(ctx, grantMemberships(conn, missing)); err != nil {
+					return err
+				}
 			}
-			if _, err := conn.Exec(ctx, grantMemberships(conn, []string{role})); err != nil {
+			if err := fn(); err != nil {
 				return err
 			}
-			if err := fn(); err != nil || p.joined {
-				return err
-			}
-			return endMemberships(ctx, conn, []string{role})
+			return endMemberships(ctx, conn, missing)
 		})
 		// A statement that is sent again in a transaction that has failed hears that it has.
 		again := isState(err, lockNotAvailable, "25P02", "23505") || overtaken(err)

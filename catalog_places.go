@@ -343,7 +343,7 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 		if _, err := tx.Exec(ctx, `SELECT FROM tenancy.data_sources WHERE id = $1 FOR UPDATE`, source); err != nil {
 			return err
 		}
-		tag, err := tx.Exec(ctx, `UPDATE tenancy.data_sources d SET state = 'intent', updated = now()
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.data_sources d SET state = 'intent', stocked = false, updated = now()
 			WHERE id = $1 AND state IN ('made', 'intent') AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)`, source)
 		if err == nil && tag.RowsAffected() == 0 {
 			err = invalid(errors.New("data source: a tenant uses this place"))
@@ -404,7 +404,7 @@ func (c *Catalog) dropUnused(ctx context.Context, p *place) error {
 }
 
 // placeGone is what is written of a place that was dropped.
-const placeGone = `state = 'dropped', sealed = '', next_login = '', next_sealed = NULL, old_login = '', leaving = NULL, dense = false, dense_role = '', updated = now()`
+const placeGone = `state = 'dropped', stocked = false, sealed = '', next_login = '', next_sealed = NULL, old_login = '', leaving = NULL, dense = false, dense_role = '', updated = now()`
 
 // prepared finds the place that d names among those that Prepare made.
 func (c *Catalog) prepared(ctx context.Context, q querier, d DataSource) (uid UID, source int64, err error) {

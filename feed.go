@@ -24,6 +24,7 @@ type feed struct {
 	node   UID
 	name   string
 	wake   chan struct{} // holds one: something may have changed
+	stock  chan struct{} // holds one: a place may be missing in the stock
 
 	syncing  sync.Mutex // one reader of the changes at a time; guards the fields below
 	epoch    int64      // the last change applied
@@ -57,7 +58,7 @@ func newFeed(tn *Tenancy) *feed {
 	listen.RuntimeParams["application_name"] = "tenancy feed"
 	ctx, stop := context.WithCancel(context.Background())
 	return &feed{tn: tn, log: tn.cfg.Logger, listen: listen, node: newUID(), name: fmt.Sprintf("%s/%d", host, os.Getpid()),
-		wake: make(chan struct{}, 1), ctx: ctx, stop: stop}
+		wake: make(chan struct{}, 1), stock: make(chan struct{}, 1), ctx: ctx, stop: stop}
 }
 
 // start reads where the primary is and begins to follow. Nothing is cached before.
@@ -77,6 +78,10 @@ func (f *feed) start(ctx context.Context) error {
 	f.done.Go(f.listenForever)
 	if f.tn.cfg.Store != nil {
 		f.done.Go(f.expireStore)
+	}
+	if f.tn.cfg.Stock > 0 {
+		f.done.Go(f.keepStock)
+		f.kickStock()
 	}
 	return nil
 }

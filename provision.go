@@ -433,7 +433,7 @@ func takeBack(ctx context.Context, provisioner *pgx.Conn, p *place) error {
 }
 
 // ownersGoodbye is how long sessions that were closed have to go by themselves, for which nobody has to be a member.
-const ownersGoodbye = 100 * time.Millisecond
+const ownersGoodbye = time.Second
 
 // furnish puts into the schema what the library needs there, as its owner: the marker row that
 // names the tenant, and the runtime role's grants. The marker is made before the default

@@ -55,7 +55,7 @@ func (f *feed) check(ctx context.Context) error {
 	if _, err := pool.Exec(ctx, `DELETE FROM tenancy.nodes WHERE seen < now() - interval '1 hour'`); err != nil {
 		return unavailable("validity", err)
 	}
-	return errors.Join(f.tn.catalog.finishFences(ctx), f.tn.catalog.finishPlaces(ctx), f.tn.catalog.finishDense(ctx), f.tn.catalog.dropUnfinishedPlaces(ctx), f.tn.catalog.endLeftMemberships(ctx))
+	return errors.Join(f.tn.catalog.finishFences(ctx), f.tn.catalog.finishPlaces(ctx), f.tn.catalog.finishDense(ctx), f.tn.catalog.dropUnfinishedPlaces(ctx), f.tn.catalog.endLeftMemberships(ctx), f.tn.catalog.fillStock(ctx))
 }
 
 // oursToFinish is the condition on a tenant t for a job of this node's: it serves the tenant, or nobody does. $1 are Config.serves, null for all.
