@@ -11,7 +11,7 @@ import (
 
 // BenchmarkCreateAmong is what Create takes at a server that has the roles of many tenants: "apart", and "member" where the provisioner is a member of all of them, as the
 // releases before had it. The two take turns on one fleet, and each iteration is one Create of each; the roles of the many stand alone, without schemas, which costs Create
-// nothing.
+// nothing. Beyond 2,000 tenants there is no "member": on PostgreSQL 15 it takes minutes, and its verbs run into their own bounds.
 //
 //	go test -run '^$' -bench CreateAmong -benchtime 5x .
 func BenchmarkCreateAmong(b *testing.B) {
@@ -34,6 +34,9 @@ func BenchmarkCreateAmong(b *testing.B) {
 					{"apart", `REVOKE %1$s_o, %1$s_r, %1$s_l1 FROM ` + provisioner},
 					{"member", `GRANT %1$s_o, %1$s_r, %1$s_l1 TO ` + provisioner + with(b, f)},
 				} {
+					if how.name == "member" && many > 2000 {
+						continue
+					}
 					each(how.before)
 					began := time.Now()
 					tenancytest.Create(b, tn, fmt.Sprintf("%s-%d", how.name, n))
@@ -46,7 +49,9 @@ func BenchmarkCreateAmong(b *testing.B) {
 			must(b, admin, "RESET ROLE")
 			b.ReportMetric(0, "ns/op")
 			b.ReportMetric(took["apart"].Seconds()*1000/float64(n), "apart-ms")
-			b.ReportMetric(took["member"].Seconds()*1000/float64(n), "member-ms")
+			if took["member"] > 0 {
+				b.ReportMetric(took["member"].Seconds()*1000/float64(n), "member-ms")
+			}
 		})
 	}
 }

@@ -126,11 +126,6 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 		return fail(id, err)
 	}
 	defer release()
-	done, err := c.tn.slot(ctx)
-	if err != nil {
-		return fail(id, err)
-	}
-	defer done()
 	p, err := c.place(ctx, id)
 	if err != nil {
 		return fail(id, err)
@@ -144,6 +139,11 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 		return fail(id, ErrTenantExists)
 	}
 	if p.state == "intent" {
+		done, err := c.tn.slot(ctx)
+		if err != nil {
+			return fail(id, err)
+		}
+		defer done()
 		if err := c.reroute(ctx, p); err != nil {
 			return fail(id, err)
 		}

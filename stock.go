@@ -11,7 +11,8 @@ import (
 const stockLock = `SELECT pg_advisory_xact_lock(hashtextextended('tenancy stock', 0))`
 
 // fillStock brings the stock to Config.Stock places, each migrated to the newest version: it finishes what a crash has left, migrates what is behind and makes
-// what is missing. Nodes that do it at once share the work. What is more than Config.Stock is not dropped: Create uses it up.
+// what is missing. Nodes that do it at once share the work. What is more than Config.Stock is not dropped: Create uses it up. Places at a server that takes only tenants which
+// name it do not count.
 func (c *Catalog) fillStock(ctx context.Context) error {
 	if c.tn.cfg.Stock == 0 || c.tn.migrations.empty() {
 		return nil
@@ -51,7 +52,8 @@ const opStock = "fill the stock"
 func (c *Catalog) addStock(ctx context.Context) (more bool, err error) {
 	uid, isolation := newUID(), c.tn.cfg.Isolation
 	short := func(q querier) (short bool, err error) {
-		err = q.QueryRow(ctx, `SELECT count(*) < $2 FROM tenancy.data_sources WHERE stocked AND state <> 'dropped' AND isolation = $1`, isolation, c.tn.cfg.Stock).Scan(&short)
+		err = q.QueryRow(ctx, `SELECT count(*) < $2 FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
+			WHERE d.stocked AND d.state <> 'dropped' AND d.isolation = $1 AND s.weight > 0`, isolation, c.tn.cfg.Stock).Scan(&short)
 		return short, err
 	}
 	if some, err := short(c.tn.primary.pool); err != nil || !some {
