@@ -66,7 +66,13 @@ func TestTheProvisionerActsForATenantsRolesWhileAVerbIsAtWork(t *testing.T) {
 			{"Suspend", func() error { return cat.Suspend(t.Context(), ids[0], tenancy.Suspension{}) }},
 			{"RotatePassword", func() error { return cat.RotatePassword(t.Context(), ids[0]) }},
 			{"Resume", func() error { return cat.Resume(t.Context(), ids[0]) }},
-			{"Verify", func() error { _, err := tn.Migrator().Verify(t.Context()); return err }},
+			{"Verify", func() error {
+				drifts, err := tn.Migrator().Verify(t.Context(), ids...)
+				if err == nil && len(drifts) > 0 {
+					err = fmt.Errorf("%v: %w", drifts, drifts[0].Err)
+				}
+				return err
+			}},
 		}
 		if isolation != tenancy.IsolationDatabase {
 			verbs = append(verbs, verb{"SetDense", func() error { return cat.SetDense(t.Context(), ids[0], true) }},
