@@ -145,8 +145,20 @@ func TestTwoNodesShareAStock(t *testing.T) {
 	t.Parallel()
 	f := tenancytest.NewFleet(t)
 	const stock = 3
-	nodes := []*tenancy.Tenancy{stocked(t, f, tenancy.Config{Stock: stock}), stocked(t, f, tenancy.Config{Stock: stock})}
+	cfg := tenancy.Config{Migrations: stockMigrations, Isolation: tenancy.IsolationSchema, ValidityCron: "@every 10h", Stock: stock}
+	f.Open(t, tenancy.Config{}) // the primary's schema is there
 	primary := f.Admin(t, "primary")
+	// Both find that the stock is short, and one after the other finds out whether it still is.
+	must(t, primary, `SELECT pg_advisory_lock(hashtextextended('tenancy stock', 0))`)
+	nodes := []*tenancy.Tenancy{f.Open(t, cfg), f.Open(t, cfg)}
+	for end := time.Now().Add(time.Minute); scan[int](t, primary, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`) < 2; {
+		if time.Now().After(end) {
+			t.Fatalf("who fills the stock waits for nobody: there are %v", inStock(t, primary))
+		}
+		time.Sleep(time.Millisecond)
+	}
+	must(t, primary, `SELECT pg_advisory_unlock_all()`)
+	awaitStock(t, f, stock)
 	ready := inStock(t, primary)
 	done := make(chan struct{})
 	watched := make(chan int)
