@@ -103,10 +103,15 @@ func (c *Catalog) settleDense(ctx context.Context, p *place) error {
 		return err
 	}
 	defer closeConn(conn)
+	done, err := p.act(ctx, conn, p.source.User, p.denseRole)
+	if err != nil {
+		return err
+	}
+	defer done()
 	return giveObjects(ctx, conn, p.source.User, p.denseRole)
 }
 
-// giveObjects gives what a role owns, which is its large objects, to another one. A role that is not there has nothing.
+// giveObjects gives what a role owns, which is its large objects, to another one. A role that is not there has nothing. The provisioner acts for both.
 func giveObjects(ctx context.Context, conn *pgx.Conn, from, to string) error {
 	var there bool
 	if err := conn.QueryRow(ctx, `SELECT count(*) = 2 FROM pg_roles WHERE rolname IN ($1, $2)`, from, to).Scan(&there); err != nil || !there {
@@ -178,7 +183,7 @@ func (c *Catalog) makeDense(ctx context.Context, conn *pgx.Conn, p *place, login
 	if err := makeDenseLogin(ctx, conn, login); err != nil {
 		return err
 	}
-	if err := makeRole(ctx, conn, p.denseRole, "NOLOGIN"); err != nil {
+	if err := p.makeRole(ctx, conn, p.denseRole, "NOLOGIN"); err != nil {
 		return err
 	}
 	return c.giveDense(ctx, conn, p)
@@ -220,6 +225,11 @@ func (c *Catalog) openDense(ctx context.Context, conn *pgx.Conn, p *place) error
 	if err := c.giveDense(ctx, conn, p); err != nil {
 		return err
 	}
+	end, err := p.act(ctx, conn, p.source.User, p.denseRole)
+	if err != nil {
+		return err
+	}
+	defer end()
 	return giveObjects(ctx, conn, p.source.User, p.denseRole)
 }
 
@@ -343,6 +353,11 @@ func (c *Catalog) leaveDense(ctx context.Context, p *place) error {
 		return err
 	}
 	defer closeConn(conn)
+	done, err := p.act(ctx, conn, p.source.User, p.denseRole)
+	if err != nil {
+		return err
+	}
+	defer done()
 	if err := closeDense(ctx, conn, p, anySession, c.tn.cfg.DrainTimeout); err != nil {
 		return err
 	}

@@ -349,7 +349,7 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 		if _, err := tx.Exec(ctx, `SELECT FROM tenancy.data_sources WHERE id = $1 FOR UPDATE`, source); err != nil {
 			return err
 		}
-		tag, err := tx.Exec(ctx, `UPDATE tenancy.data_sources d SET state = 'intent', updated = now()
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.data_sources d SET state = 'intent', stocked = false, updated = now()
 			WHERE id = $1 AND state IN ('made', 'intent') AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)`, source)
 		if err == nil && tag.RowsAffected() == 0 {
 			err = invalid(errors.New("data source: a tenant uses this place"))
@@ -410,7 +410,7 @@ func (c *Catalog) dropUnused(ctx context.Context, p *place) error {
 }
 
 // placeGone is what is written of a place that was dropped.
-const placeGone = `state = 'dropped', sealed = '', next_login = '', next_sealed = NULL, old_login = '', leaving = NULL, dense = false, dense_role = '', updated = now()`
+const placeGone = `state = 'dropped', stocked = false, sealed = '', next_login = '', next_sealed = NULL, old_login = '', leaving = NULL, dense = false, dense_role = '', updated = now()`
 
 // prepared finds the place that d names among those that Prepare made.
 func (c *Catalog) prepared(ctx context.Context, q querier, d DataSource) (uid UID, source int64, err error) {
@@ -435,11 +435,11 @@ func (c *Catalog) placeByID(ctx context.Context, id int64) (*place, error) {
 	db := c.tn.primary
 	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
 		d.next_login, d.next_sealed, d.old_login, d.promised, d.dense, d.dense_role, coalesce(l.login, ''), s.pooler, s.pooler_tls, s.provisioner,
-		coalesce(d.migrating, 0), coalesce((SELECT t.pinned FROM tenancy.tenants t WHERE t.uid = d.uid), 0)
+		coalesce(d.migrating, 0), coalesce((SELECT t.pinned FROM tenancy.tenants t WHERE t.uid = d.uid), 0), `+nodesThatJoin+`
 		FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
 		LEFT JOIN tenancy.dense_logins l ON l.server = d.server AND l.isolation = d.isolation WHERE d.id = $1`, id).
 		Scan(&p.tenant.UID, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
-			&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.dense, &p.denseRole, &p.denseLogin, &p.pooler, &p.poolerTLS, &provisioner, &p.migrating, &p.pinned)
+			&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.dense, &p.denseRole, &p.denseLogin, &p.pooler, &p.poolerTLS, &provisioner, &p.migrating, &p.pinned, &p.joined)
 	if err != nil {
 		return nil, unavailable("read place", err)
 	}

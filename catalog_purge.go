@@ -275,6 +275,11 @@ func (c *Catalog) dropPlace(ctx context.Context, p *place, d *dropped) error {
 			return fmt.Errorf("drop database %s: %w", p.source.Database, err)
 		}
 	default:
+		done, err := p.act(ctx, conn, p.owner)
+		if err != nil {
+			return err
+		}
+		defer done() // it ends with the role
 		if err := dropSchema(ctx, conn, p); err != nil {
 			return fmt.Errorf("drop schema %s: %w", p.source.Schema, err)
 		}

@@ -280,7 +280,7 @@ func (c *Catalog) openToReader(ctx context.Context, p *place, role string) error
 	if p.isolation == IsolationShared { // the functions of its schema are called, which is for its owner
 		return c.asOwner(ctx, conn, p, func(ctx context.Context, cc *pgx.ConnConfig) error { return readAsOwner(ctx, cc, p, role) })
 	}
-	if err := grantReader(ctx, conn, p, role); err != nil || p.isolation != IsolationDatabase {
+	if err := actOnce(ctx, conn, []string{p.owner}, func() error { return grantReader(ctx, conn, p, role) }); err != nil || p.isolation != IsolationDatabase {
 		return err
 	}
 	return ask(ctx, conn, readerChecks(role))
@@ -410,7 +410,7 @@ func (c *Catalog) dropReader(ctx context.Context, r reader) error {
 			}
 		}
 	}
-	for _, database := range databases {
+	for _, database := range append(databases, r.provisioner.Database) {
 		if err := c.disown(ctx, r, database); err != nil {
 			return fmt.Errorf("database %s: %w", database, err)
 		}
@@ -463,12 +463,24 @@ func (c *Catalog) closeArea(ctx context.Context, p *place, role string) error {
 	})
 }
 
-// disown takes back all that the reader was given in a database.
+// disown takes back all that the reader was given in a database, by the tenants' owners.
 func (c *Catalog) disown(ctx context.Context, r reader, database string) error {
 	conn, err := r.conn(ctx, c.tn.servers, database)
 	if err != nil {
 		return err
 	}
 	defer closeConn(conn)
-	return execDDL(ctx, conn, "DROP OWNED BY "+ident.Quote(r.role)+" CASCADE")
+	var owners []string
+	err = conn.QueryRow(ctx, `SELECT coalesce(array_agg(DISTINCT o.rolname::text), '{}') FROM pg_roles r, pg_namespace n JOIN pg_roles o ON o.oid = n.nspowner
+		WHERE r.rolname = $1 AND o.rolname ~ '^t_[0-9a-f]{20}_o$' AND has_schema_privilege(r.oid, n.oid, 'USAGE')`, r.role).Scan(&owners)
+	if err != nil {
+		return err
+	}
+	return actOnce(ctx, conn, owners, func() error {
+		var there bool // it was dropped by a DropReader that died afterwards
+		if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, r.role).Scan(&there); err != nil || !there {
+			return err
+		}
+		return execDDL(ctx, conn, "DROP OWNED BY "+ident.Quote(r.role)+" CASCADE")
+	})
 }

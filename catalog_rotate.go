@@ -258,6 +258,11 @@ func (c *Catalog) dropLogin(ctx context.Context, p *place, login string) (err er
 		return err
 	}
 	defer closeConn(conn)
+	done, err := p.act(ctx, conn, login, p.source.User)
+	if err != nil {
+		return err
+	}
+	defer done()
 	if err := closeLogins(ctx, conn, []string{login}, nil, leaving(login == p.oldLogin && p.oldPooled), c.tn.cfg.DrainTimeout); err != nil {
 		return err
 	}

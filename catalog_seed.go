@@ -54,5 +54,10 @@ func giveSeeded(ctx context.Context, p *place) error {
 		return err
 	}
 	defer closeConn(conn)
+	done, err := p.act(ctx, conn, p.source.User, p.denseRole)
+	if err != nil {
+		return err
+	}
+	defer done()
 	return giveObjects(ctx, conn, p.source.User, p.denseRole)
 }

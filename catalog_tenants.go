@@ -88,7 +88,7 @@ func (n *NewTenant) intent() []byte {
 }
 
 // Create makes a tenant: roles, schema or database, marker row, grants and the service's migrations, or a login in a shared schema, has Config.Seed fill it, and
-// returns it once it is active. Every node serves it from then on.
+// returns it once it is active. Every node serves it from then on. With Config.Stock it takes a place that was made before, while there is one.
 //
 // It blocks until the tenant is active. The same call again, on any node, resumes one that died or failed
 // half-way and joins one that is running, and the validity job resumes one that nobody calls again: [Catalog.Delete] ends it. For a name that is taken by anything else, also by a Create of the
@@ -138,9 +138,10 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 	default:
 		return fail(id, ErrTenantExists)
 	}
-	if err := c.complete(ctx, p); err != nil {
+	if err := c.complete(ctx, p, n.DataSource == nil); err != nil {
 		return fail(id, err)
 	}
+	c.tn.feed.kickStock()
 	t, err := c.Tenant(ctx, id)
 	if err != nil {
 		return fail(id, err)
@@ -148,22 +149,29 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 	return t, nil
 }
 
-// complete makes what is missing of a tenant that was declared and whose lock is held, and activates it.
-func (c *Catalog) complete(ctx context.Context, p *place) error {
-	done, err := c.tn.slot(ctx)
-	if err != nil {
-		return err
-	}
-	defer done()
+// complete makes what is missing of a tenant that was declared and whose lock is held, and activates it. A place that is made and was not given is from the stock.
+func (c *Catalog) complete(ctx context.Context, p *place, notGiven bool) error {
 	if p.state == "intent" {
+		done, err := c.tn.slot(ctx)
+		if err != nil {
+			return err
+		}
+		defer done()
 		if err := c.reroute(ctx, p); err != nil {
 			return err
 		}
 		if err := c.make(ctx, p); err != nil {
 			return err
 		}
-	} else if err := c.tn.proveLogin(ctx, p); err != nil {
-		return err
+	} else {
+		if notGiven {
+			if err := c.routeStock(ctx, p); err != nil {
+				return err
+			}
+		}
+		if err := c.tn.proveLogin(ctx, p); err != nil {
+			return err
+		}
 	}
 	if c.tn.cfg.Dense && p.isolation != IsolationDatabase && p.source.Pooler == "" {
 		if err := c.prepareDense(ctx, p); err != nil {
@@ -177,14 +185,15 @@ func (c *Catalog) complete(ctx context.Context, p *place) error {
 	return c.activate(ctx, p)
 }
 
-// checkNew is checkServer for a tenant that is not declared yet. One that is has its server.
+// checkNew is checkServer for a tenant that is not declared yet, and for which no place is in the stock. One that is has its server.
 func (c *Catalog) checkNew(ctx context.Context, n *NewTenant) error {
 	isolation := cmp.Or(n.Isolation, c.tn.cfg.Isolation)
 	if n.DataSource != nil || isolation != IsolationDatabase {
 		return nil
 	}
 	var declared bool
-	if err := c.tn.primary.pool.QueryRow(ctx, `SELECT count(*) > 0 FROM tenancy.tenants WHERE name = $1`, n.Name).Scan(&declared); err != nil || declared {
+	if err := c.tn.primary.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM tenancy.tenants WHERE name = $4)
+		OR EXISTS (SELECT FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE `+stockFor+`)`, isolation, n.Server, c.tn.migrations.newest(), n.Name).Scan(&declared); err != nil || declared {
 		return unavailable("create", err)
 	}
 	return c.checkServer(ctx, n.Server, isolation)
@@ -199,8 +208,15 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 		var source int64
 		var promised *int64
 		isolation := cmp.Or(n.Isolation, c.tn.cfg.Isolation)
+		var ready stocked
 		if n.DataSource == nil {
-			uid = newUID()
+			if ready, err = c.takeStock(ctx, tx, n.Server, isolation); err != nil {
+				return err
+			}
+			uid, source, promised = ready.uid, ready.source, ready.promised
+			if source == 0 {
+				uid = newUID()
+			}
 		} else if uid, source, err = c.prepared(ctx, tx, *n.DataSource); err != nil {
 			return err
 		} else if err := tx.QueryRow(ctx, `SELECT isolation, promised FROM tenancy.data_sources WHERE id = $1`, source).Scan(&isolation, &promised); err != nil {
@@ -220,7 +236,12 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 		} else if err != nil {
 			return err
 		}
-		if n.DataSource == nil {
+		switch {
+		case ready.source != 0:
+			if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET stocked = false, updated = now() WHERE id = $1`, source); err != nil {
+				return err
+			}
+		case n.DataSource == nil:
 			if source, err = c.intendPlace(ctx, tx, uid, id, n.Server, isolation); err != nil {
 				return err
 			}
@@ -315,7 +336,7 @@ func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, id ID, se
 	return source, err
 }
 
-// reroute gives a place that is not made yet the way that its server is registered with now: the pooler that it was begun with may have never worked.
+// reroute gives a place that no tenant has used yet the way that its server is registered with now: the pooler that it was begun with may have never worked.
 func (c *Catalog) reroute(ctx context.Context, p *place) error {
 	d := p.source
 	d.Pooler, d.PoolerTLS = p.pooler, p.poolerTLS
@@ -326,7 +347,7 @@ func (c *Catalog) reroute(ctx context.Context, p *place) error {
 	if err != nil {
 		return err
 	}
-	if _, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET sealed = $2, updated = now() WHERE id = $1 AND state = 'intent'`, p.id, sealed); err != nil {
+	if _, err := c.tn.primary.pool.Exec(ctx, `UPDATE tenancy.data_sources SET sealed = $2, updated = now() WHERE id = $1 AND state = $3`, p.id, sealed, p.state); err != nil {
 		return unavailable("reroute", err)
 	}
 	p.source = d

@@ -51,6 +51,9 @@ type Config struct {
 	// Dense has Create put new tenants with IsolationSchema and IsolationShared into the pool that such tenants of their server share; see
 	// [Catalog.SetDense]. Those that exist, and those with a server behind a pooler, keep their own. Default: false.
 	Dense bool
+	// Stock is how many places are kept ready for tenants that Create makes with Isolation and without a DataSource: migrated, each for a tenant that is not there yet, so that a
+	// sign-up waits for no migration. All nodes together keep so many; give each the same number. They count as the server's places. Not with IsolationShared. Default: 0; at most 100.
+	Stock int
 	// HostManagers are users of the host: they may work without a tenant. Default: none.
 	HostManagers []UserKey
 	// SingleTenant is the name of the one tenant that everything is: every user that the service authenticates is in it, with the role of
@@ -315,6 +318,9 @@ func (c Config) validate() error {
 		if err := ident.UserKey(string(m)); err != nil {
 			return invalid(fmt.Errorf("Config.HostManagers[%d]: %w", i, err))
 		}
+	}
+	if c.Stock < 0 || c.Stock > 100 || c.Stock > 0 && (c.Isolation == IsolationShared || c.SingleTenant != "") {
+		return invalid(errors.New("Config.Stock: from 0 to 100, and 0 with IsolationShared, whose tenants wait for no migration, and with SingleTenant"))
 	}
 	if err := c.validateNode(); err != nil {
 		return err

@@ -24,6 +24,7 @@ type feed struct {
 	node   UID
 	name   string
 	wake   chan struct{} // holds one: something may have changed
+	stock  chan struct{} // holds one: a place may be missing in the stock
 
 	syncing  sync.Mutex // one reader of the changes at a time; guards the fields below
 	epoch    int64      // the last change applied
@@ -57,7 +58,7 @@ func newFeed(tn *Tenancy) *feed {
 	listen.RuntimeParams["application_name"] = "tenancy feed"
 	ctx, stop := context.WithCancel(context.Background())
 	return &feed{tn: tn, log: tn.cfg.Logger, listen: listen, node: newUID(), name: fmt.Sprintf("%s/%d", host, os.Getpid()),
-		wake: make(chan struct{}, 1), ctx: ctx, stop: stop}
+		wake: make(chan struct{}, 1), stock: make(chan struct{}, 1), ctx: ctx, stop: stop}
 }
 
 // start reads where the primary is and begins to follow. Nothing is cached before.
@@ -77,6 +78,10 @@ func (f *feed) start(ctx context.Context) error {
 	f.done.Go(f.listenForever)
 	if f.tn.cfg.Store != nil {
 		f.done.Go(f.expireStore)
+	}
+	if f.tn.cfg.Stock > 0 {
+		f.done.Go(f.keepStock)
+		f.kickStock()
 	}
 	return nil
 }
@@ -290,7 +295,7 @@ func (f *feed) revise(ctx context.Context, id ID) {
 // report tells the primary which change this node has applied, which fences wait for.
 func (f *feed) report(ctx context.Context) error {
 	cfg, pool := f.tn.cfg, f.tn.primary.follow
-	_, err := pool.Exec(ctx, `INSERT INTO tenancy.nodes (id, name, epoch, serves, address) VALUES ($1, $2, $3, $4, $5)
+	_, err := pool.Exec(ctx, `INSERT INTO tenancy.nodes (id, name, epoch, serves, address, acts) VALUES ($1, $2, $3, $4, $5, true)
 		ON CONFLICT (id) DO UPDATE SET epoch = excluded.epoch, seen = now()`, f.node, f.name, f.epoch, cfg.serves(), cfg.NodeAddress)
 	if err != nil {
 		return unavailable("report", err)

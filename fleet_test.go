@@ -297,14 +297,13 @@ func bulkScript(tb testing.TB, major int) func(tenancy.BulkPlace) string {
 	up, _, _ := strings.Cut(string(migration), "-- +goose Down")
 	admin := ""
 	if major >= 16 {
-		admin = " WITH ADMIN TRUE, INHERIT TRUE, SET TRUE" // what a role's maker has, and what Create gives it
+		admin = "GRANT {owner}, {runtime}, {login} TO " + bulkProvisioner + " WITH ADMIN TRUE, INHERIT FALSE, SET FALSE;\n" // what a role's maker has
 	}
 	script := `BEGIN;
 CREATE ROLE {owner} NOLOGIN;
 CREATE ROLE {runtime} NOLOGIN;
 CREATE ROLE {login} {may} PASSWORD {verifier};
-GRANT {owner}, {runtime}, {login} TO ` + bulkProvisioner + admin + `;
-GRANT {runtime} TO {login};
+` + admin + `GRANT {runtime} TO {login};
 GRANT {group} TO {owner}, {login};
 CREATE SCHEMA {schema} AUTHORIZATION {owner};
 SET LOCAL ROLE {owner};

@@ -222,10 +222,34 @@ func (m *Migrator) askSchemas(ctx context.Context, at province, schemas []string
 	}
 	defer closeConn(conn)
 	for some := range slices.Chunk(schemas, schemasAtOnce) {
-		if err := pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error { return readVersions(ctx, tx, some, found) }); err != nil {
+		if err := asOwners(ctx, conn, some, func(tx pgx.Tx) error { return readVersions(ctx, tx, some, found) }); err != nil {
 			fail(some, fmt.Errorf("read versions: %w", withoutSecrets(err)))
 		}
 	}
+}
+
+// asOwners runs fn in a transaction that may only read, with the provisioner a member of the schemas' owners. It is rolled back, so that nobody else sees the memberships.
+func asOwners(ctx context.Context, conn *pgx.Conn, schemas []string, fn func(tx pgx.Tx) error) error {
+	tx, err := conn.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback(context.WithoutCancel(ctx)) }()
+	rows, _ := tx.Query(ctx, `SELECT DISTINCT r.rolname::text FROM pg_namespace n JOIN pg_roles r ON r.oid = n.nspowner
+		WHERE n.nspname = ANY($1) AND r.rolname ~ '^t_[0-9a-f]{20}_o$' AND NOT pg_has_role(r.oid, 'USAGE') ORDER BY 1`, schemas)
+	owners, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
+	if len(owners) > 0 {
+		if _, err := tx.Exec(ctx, grantMemberships(conn, owners)); err != nil {
+			return err
+		}
+	}
+	if _, err := tx.Exec(ctx, "SET TRANSACTION READ ONLY"); err != nil {
+		return err
+	}
+	return fn(tx)
 }
 
 func (m *Migrator) provisionerOf(ctx context.Context, at province) (*pgx.Conn, error) {

@@ -33,6 +33,7 @@ type place struct {
 	owner     string
 	runtime   string
 	fenced    bool
+	joined    bool   // its server's provisioner stays a member of its roles, for nodes of the release before
 	promised  *int64 // the tenant's ID, also where there is none yet; nil: the place was made before there were promises
 
 	dense      bool   // its tenant's calls go through a shared pool
@@ -73,11 +74,11 @@ func (c *Catalog) readPlace(ctx context.Context, where string, arg any) (*place,
 	db := c.tn.primary
 	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
 		d.next_login, d.next_sealed, d.old_login, d.promised, d.dense, d.dense_role, coalesce(l.login, ''), t.fenced IS NOT NULL, s.pooler, s.pooler_tls, s.provisioner,
-		coalesce(d.migrating, 0), coalesce(t.pinned, 0)
+		coalesce(d.migrating, 0), coalesce(t.pinned, 0), `+nodesThatJoin+`
 		FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
 		LEFT JOIN tenancy.dense_logins l ON l.server = d.server AND l.isolation = d.isolation
 		WHERE `+where, arg), &p.id, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
-		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.dense, &p.denseRole, &p.denseLogin, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner, &p.migrating, &p.pinned)
+		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.dense, &p.denseRole, &p.denseLogin, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner, &p.migrating, &p.pinned, &p.joined)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, ErrTenantNotFound
 	}
@@ -227,7 +228,7 @@ func (tn *Tenancy) makeAround(ctx context.Context, conn *pgx.Conn, p *place) err
 
 func (tn *Tenancy) makeRoles(ctx context.Context, conn *pgx.Conn, p *place) error {
 	for _, role := range []string{p.owner, p.runtime} {
-		if err := makeRole(ctx, conn, role, "NOLOGIN"); err != nil {
+		if err := p.makeRole(ctx, conn, role, "NOLOGIN"); err != nil {
 			return err
 		}
 	}
@@ -252,7 +253,7 @@ func (tn *Tenancy) makeLogin(ctx context.Context, conn *pgx.Conn, p *place, d Da
 	if err != nil {
 		return err
 	}
-	if err := makeRole(ctx, conn, d.User, tn.mayLogin()+" PASSWORD "+ident.Literal(verifier)); err != nil {
+	if err := p.makeRole(ctx, conn, d.User, tn.mayLogin()+" PASSWORD "+ident.Literal(verifier)); err != nil {
 		return err
 	}
 	return execAll(ctx, conn, "provision", append(joinTenants(p, d.User), "GRANT "+ident.Quote(p.runtime)+" TO "+ident.Quote(d.User)))
@@ -275,8 +276,23 @@ func (tn *Tenancy) setLogin(ctx context.Context, conn *pgx.Conn, d DataSource) e
 	})
 }
 
-// makeRole makes the role, or gives the one that is there these rights.
+// makeRole makes a role of the server's own, or gives the one that is there these rights. The provisioner is a member of it.
 func makeRole(ctx context.Context, conn *pgx.Conn, name, rights string) error {
+	if err := makeBareRole(ctx, conn, name, rights); err != nil {
+		return err
+	}
+	return execAll(ctx, conn, "provision", []string{grantMembership(conn, name, conn.Config().User)})
+}
+
+// makeRole makes a role of the place's: see place.act.
+func (p *place) makeRole(ctx context.Context, conn *pgx.Conn, name, rights string) error {
+	if p.joined {
+		return makeRole(ctx, conn, name, rights)
+	}
+	return makeBareRole(ctx, conn, name, rights)
+}
+
+func makeBareRole(ctx context.Context, conn *pgx.Conn, name, rights string) error {
 	var there bool
 	if err := conn.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_roles WHERE rolname = $1`, name).Scan(&there); err != nil {
 		return err
@@ -285,11 +301,7 @@ func makeRole(ctx context.Context, conn *pgx.Conn, name, rights string) error {
 	if there {
 		verb = "ALTER"
 	}
-	// Membership comes next: creating for, dropping of and ending sessions of a role all want it.
-	return execAll(ctx, conn, "provision", []string{
-		verb + " ROLE " + ident.Quote(name) + " " + rights,
-		grantMembership(conn, name, conn.Config().User),
-	})
+	return execAll(ctx, conn, "provision", []string{verb + " ROLE " + ident.Quote(name) + " " + rights})
 }
 
 // mayLogin are the rights of a tenant's login that is open. The server's own ceiling on its connections holds for a node that is
@@ -310,7 +322,11 @@ func makeSchema(ctx context.Context, conn *pgx.Conn, p *place) error {
 	err := conn.QueryRow(ctx, `SELECT pg_get_userbyid(nspowner) FROM pg_namespace WHERE nspname = $1`, p.source.Schema).Scan(&owner)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return execDDL(ctx, conn, "CREATE SCHEMA "+ident.Quote(p.source.Schema)+" AUTHORIZATION "+ident.Quote(p.owner))
+		sql := "CREATE SCHEMA " + ident.Quote(p.source.Schema) + " AUTHORIZATION " + ident.Quote(p.owner)
+		if p.isolation != IsolationShared && !p.joined { // in one transaction, so that no crash leaves a member
+			sql = grantMemberships(conn, []string{p.owner}) + "; " + sql + "; REVOKE " + ident.Quote(p.owner) + " FROM " + ident.Quote(conn.Config().User)
+		}
+		return execDDL(ctx, conn, sql)
 	case err != nil:
 		return err
 	case owner != p.owner:
@@ -394,8 +410,30 @@ func takeBack(ctx context.Context, provisioner *pgx.Conn, p *place) error {
 		return fmt.Errorf("take back the owner's login: %w", err)
 	}
 	// Nobody but this process has known the password, so that nobody is on the way in: when none is seen, none is left.
+	for end := time.Now().Add(ownersGoodbye); ; {
+		var left bool
+		if err := provisioner.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_stat_activity WHERE usename = $1`, p.owner).Scan(&left); err != nil || !left {
+			return err
+		}
+		if time.Now().After(end) {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+	done, err := p.act(ctx, provisioner, p.owner)
+	if err != nil {
+		return err
+	}
+	defer done()
 	return endListed(ctx, provisioner, []string{p.owner}, 1)
 }
+
+// ownersGoodbye is how long sessions that were closed have to go by themselves, for which nobody has to be a member.
+const ownersGoodbye = time.Second
 
 // furnish puts into the schema what the library needs there, as its owner: the marker row that
 // names the tenant, and the runtime role's grants. The marker is made before the default
@@ -694,7 +732,7 @@ const mendPlace = "call it again; if it stays, a default privilege or membership
 // loginChecks are what has to be true of a login of the place.
 func loginChecks(p *place, user string) []check {
 	login := ident.Literal(user)
-	marker, version := ident.Literal(ident.Quote(p.source.Schema, markerTable)), ident.Literal(ident.Quote(p.source.Schema, versionTable))
+	marker, version := p.tableOID(markerTable), p.tableOID(versionTable)
 	name := ident.Literal(p.source.Schema)
 	checks := []check{
 		{`has_schema_privilege(` + login + `, ` + name + `, 'USAGE')`, "the login may not use its schema", mendPlace},
@@ -709,16 +747,21 @@ func loginChecks(p *place, user string) []check {
 	if p.isolation == IsolationShared {
 		checks = append(checks,
 			check{`NOT has_database_privilege(` + login + `, current_database(), 'TEMPORARY')`, "the login may make temporary objects", mendPlace},
-			check{`NOT has_any_column_privilege(` + login + `, ` + version + `, 'SELECT, INSERT, UPDATE')`, "the login may read or change " + version, mendPlace},
-			check{`has_table_privilege(` + login + `, ` + marker + `, 'SELECT')`, "the login may not read " + marker, mendPlace})
+			check{`NOT has_any_column_privilege(` + login + `, ` + version + `, 'SELECT, INSERT, UPDATE')`, "the login may read or change " + versionTable, mendPlace},
+			check{`has_table_privilege(` + login + `, ` + marker + `, 'SELECT')`, "the login may not read " + markerTable, mendPlace})
 		return checks
 	}
-	for _, table := range []string{marker, version} {
+	for _, table := range []string{markerTable, versionTable} {
 		checks = append(checks,
-			check{`has_table_privilege(` + login + `, ` + table + `, 'SELECT')`, "the login may not read " + table, mendPlace},
-			check{`NOT has_table_privilege(` + login + `, ` + table + `, 'INSERT, UPDATE, DELETE, TRUNCATE, TRIGGER, REFERENCES')`, "the login may change " + table, mendPlace})
+			check{`has_table_privilege(` + login + `, ` + p.tableOID(table) + `, 'SELECT')`, "the login may not read " + table, mendPlace},
+			check{`NOT has_table_privilege(` + login + `, ` + p.tableOID(table) + `, 'INSERT, UPDATE, DELETE, TRUNCATE, TRIGGER, REFERENCES')`, "the login may change " + table, mendPlace})
 	}
 	return checks
+}
+
+// tableOID finds a table of the place for who may not use its schema.
+func (p *place) tableOID(table string) string {
+	return `(SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = ` + ident.Literal(p.source.Schema) + ` AND c.relname = ` + ident.Literal(table) + `)`
 }
 
 // inUse says which sessions a fence waits for, before it ends them all.
@@ -749,6 +792,11 @@ func fence(ctx context.Context, conn *pgx.Conn, p *place, wait inUse, drain time
 	if p.isolation == IsolationShared { // who works for the others, too
 		others = nil
 	}
+	done, err := p.act(ctx, conn, slices.Concat(p.logins(), others, p.denseRoles())...)
+	if err != nil {
+		return err
+	}
+	defer done()
 	return errors.Join(closeLogins(ctx, conn, p.logins(), others, wait, drain), closeDense(ctx, conn, p, wait, drain))
 }
 

@@ -55,7 +55,8 @@ func (f *feed) check(ctx context.Context) error {
 	if _, err := pool.Exec(ctx, `DELETE FROM tenancy.nodes WHERE seen < now() - interval '1 hour'`); err != nil {
 		return unavailable("validity", err)
 	}
-	return errors.Join(f.tn.catalog.finishFences(ctx), f.tn.catalog.finishCreates(ctx), f.tn.catalog.finishPlaces(ctx), f.tn.catalog.finishDense(ctx), f.tn.catalog.dropUnfinishedPlaces(ctx))
+	c := f.tn.catalog
+	return errors.Join(c.finishFences(ctx), c.finishCreates(ctx), c.finishPlaces(ctx), c.finishDense(ctx), c.dropUnfinishedPlaces(ctx), c.endLeftMemberships(ctx), c.fillStock(ctx))
 }
 
 // oursToFinish is the condition on a tenant t for a job of this node's: it serves the tenant, or nobody does. $1 are Config.serves, null for all.
@@ -125,7 +126,7 @@ func (c *Catalog) finishCreate(ctx context.Context, id ID) error {
 	if err != nil || p.tenant.State != StateProvisioning {
 		return err
 	}
-	if err := c.complete(ctx, p); err != nil {
+	if err := c.complete(ctx, p, false); err != nil {
 		return &Error{Op: "finish create", Tenant: id, Name: p.tenant.Name, Err: err}
 	}
 	return nil

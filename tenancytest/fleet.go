@@ -142,7 +142,14 @@ func (f *Fleet) drop(tb testing.TB) {
 		return
 	}
 	defer conn.Close(ctx)
-	rows, _ := conn.Query(ctx, `SELECT m.member::regrole::text FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid WHERE g.rolname = $1`, f.prefix+"_tenants_tenants")
+	// The tenants' roles: those that may connect or own something in a database of the fleet's, and what is of one place with them.
+	rows, _ := conn.Query(ctx, `WITH RECURSIVE found AS (
+			SELECT m.member role FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid WHERE g.rolname = $1 || '_tenants_tenants'
+			UNION SELECT m.roleid FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.member WHERE g.rolname = $1 || '_provisioner'
+			UNION SELECT s.refobjid FROM pg_shdepend s JOIN pg_database d ON d.oid IN (s.dbid, CASE WHEN s.dbid = 0 AND s.classid = 'pg_database'::regclass THEN s.objid END) JOIN pg_roles o ON o.oid = d.datdba
+				WHERE s.refclassid = 'pg_authid'::regclass AND o.rolname = $1 || '_provisioner'
+			UNION SELECT CASE WHEN m.roleid = f.role THEN m.member ELSE m.roleid END FROM found f JOIN pg_auth_members m ON f.role IN (m.roleid, m.member) JOIN pg_roles r ON r.oid = f.role AND r.rolname ~ '^t_')
+		SELECT quote_ident(rolname) FROM found JOIN pg_roles ON oid = role WHERE rolname ~ '^t_[0-9a-f]{20}'`, f.prefix)
 	members, _ := pgx.CollectRows(rows, pgx.RowTo[string])
 	steps := []string{fmt.Sprintf("DROP DATABASE IF EXISTS %s_primary WITH (FORCE)", f.prefix)}
 	rows, _ = conn.Query(ctx, `SELECT quote_ident(datname) FROM pg_database WHERE pg_get_userbyid(datdba) = $1`, f.prefix+"_provisioner")
@@ -150,13 +157,8 @@ func (f *Fleet) drop(tb testing.TB) {
 	for _, name := range databases {
 		steps = append(steps, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)")
 	}
-	var runtimes []string
-	rows, _ = conn.Query(ctx, `SELECT DISTINCT m.roleid::regrole::text FROM pg_auth_members m WHERE m.member::regrole::text = $1`, f.prefix+"_provisioner")
-	runtimes, _ = pgx.CollectRows(rows, pgx.RowTo[string])
-	for _, role := range append(members, runtimes...) {
-		if role != f.prefix+"_provisioner" && role != f.prefix+"_tenants_tenants" {
-			steps = append(steps, "DROP ROLE IF EXISTS "+role)
-		}
+	for _, role := range members {
+		steps = append(steps, "DROP ROLE IF EXISTS "+role)
 	}
 	for _, role := range []string{"_tenants_tenants", "_provisioner", "_catalog"} {
 		steps = append(steps, "DROP ROLE IF EXISTS "+f.prefix+role)
