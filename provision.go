@@ -678,39 +678,51 @@ func verifyPlace(ctx context.Context, conn *pgx.Conn, p *place) error {
 		return ask(ctx, conn, checks)
 	}
 	return ask(ctx, conn, append(checks,
-		check{`SELECT NOT rolcanlogin FROM pg_roles WHERE rolname = ` + ident.Literal(p.owner), "the owner may still log in", mendPlace}))
+		check{`SELECT NOT rolcanlogin FROM pg_roles WHERE rolname = ` + ident.Literal(p.owner), "the owner may still log in", "ALTER ROLE " + ident.Quote(p.owner) + " NOLOGIN PASSWORD NULL;"}))
 }
-
-const mendPlace = "call it again; if it stays, a default privilege or membership was changed by hand"
 
 // loginChecks are what has to be true of a login of the place.
 func loginChecks(p *place, user string) []check {
 	login := ident.Literal(user)
 	marker, version := ident.Literal(ident.Quote(p.source.Schema, markerTable)), ident.Literal(ident.Quote(p.source.Schema, versionTable))
 	name := ident.Literal(p.source.Schema)
+	schema, runtime, here := ident.Quote(p.source.Schema), ident.Quote(p.runtime), "; -- in database "+ident.Quote(p.source.Database)
+	from := " FROM PUBLIC, " + runtime + ", " + ident.Quote(user) + here
+	connect := "GRANT CONNECT ON DATABASE " + ident.Quote(p.source.Database) + " TO " + runtime + ";"
+	if p.isolation == IsolationSchema {
+		connect = "GRANT " + ident.Quote(tenantsRole(p.source.Database)) + " TO " + ident.Quote(user) + ";"
+	}
 	checks := []check{
-		{`has_schema_privilege(` + login + `, ` + name + `, 'USAGE')`, "the login may not use its schema", mendPlace},
-		{`NOT has_schema_privilege(` + login + `, ` + name + `, 'CREATE')`, "the login may create in its schema", mendPlace},
-		{`NOT has_schema_privilege('public', ` + name + `, 'USAGE')`, "every role may use the schema", mendPlace},
-		{`has_database_privilege(` + login + `, current_database(), 'CONNECT')`, "the login may not connect", mendPlace},
-		{`NOT has_database_privilege(` + login + `, current_database(), 'CREATE')`, "the login may create schemas", mendPlace},
-		{`NOT pg_has_role(` + login + `, ` + ident.Literal(p.owner) + `, 'MEMBER')`, "the login is a member of the owner", mendPlace},
-		{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + login, "the login has rights of the server's", mendPlace},
+		{`has_schema_privilege(` + login + `, ` + name + `, 'USAGE')`, "the login may not use its schema", "GRANT USAGE ON SCHEMA " + schema + " TO " + runtime + here},
+		{`NOT has_schema_privilege(` + login + `, ` + name + `, 'CREATE')`, "the login may create in its schema", "REVOKE CREATE ON SCHEMA " + schema + from},
+		{`NOT has_schema_privilege('public', ` + name + `, 'USAGE')`, "every role may use the schema", "REVOKE ALL ON SCHEMA " + schema + " FROM PUBLIC" + here},
+		{`has_database_privilege(` + login + `, current_database(), 'CONNECT')`, "the login may not connect", connect},
+		{`NOT has_database_privilege(` + login + `, current_database(), 'CREATE')`, "the login may create schemas", "REVOKE CREATE ON DATABASE " + ident.Quote(p.source.Database) + from},
+		{`NOT pg_has_role(` + login + `, ` + ident.Literal(p.owner) + `, 'MEMBER')`, "the login is a member of the owner", "REVOKE " + ident.Quote(p.owner) + " FROM " + ident.Quote(user) + ";"},
+		{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + login, "the login has rights of the server's", withoutRights(user)},
 	}
 	checks = append(checks, apartChecks(p, login)...)
 	if p.isolation == IsolationShared {
 		checks = append(checks,
-			check{`NOT has_database_privilege(` + login + `, current_database(), 'TEMPORARY')`, "the login may make temporary objects", mendPlace},
-			check{`NOT has_any_column_privilege(` + login + `, ` + version + `, 'SELECT, INSERT, UPDATE')`, "the login may read or change " + version, mendPlace},
-			check{`has_table_privilege(` + login + `, ` + marker + `, 'SELECT')`, "the login may not read " + marker, mendPlace})
+			check{`NOT has_database_privilege(` + login + `, current_database(), 'TEMPORARY')`, "the login may make temporary objects", "REVOKE TEMPORARY ON DATABASE " + ident.Quote(p.source.Database) + from},
+			check{`NOT has_any_column_privilege(` + login + `, ` + version + `, 'SELECT, INSERT, UPDATE')`, "the login may read or change " + version, "REVOKE ALL ON TABLE " + ident.Quote(p.source.Schema, versionTable) + from},
+			check{`has_table_privilege(` + login + `, ` + marker + `, 'SELECT')`, "the login may not read " + marker, "GRANT SELECT ON TABLE " + ident.Quote(p.source.Schema, markerTable) + " TO " + runtime + here})
 		return checks
 	}
-	for _, table := range []string{marker, version} {
+	for _, name := range []string{markerTable, versionTable} {
+		quoted := ident.Quote(p.source.Schema, name)
+		table, grant := ident.Literal(quoted), "GRANT SELECT ON TABLE "+quoted+" TO "+runtime+here
 		checks = append(checks,
-			check{`has_table_privilege(` + login + `, ` + table + `, 'SELECT')`, "the login may not read " + table, mendPlace},
-			check{`NOT has_table_privilege(` + login + `, ` + table + `, 'INSERT, UPDATE, DELETE, TRUNCATE, TRIGGER, REFERENCES')`, "the login may change " + table, mendPlace})
+			check{`has_table_privilege(` + login + `, ` + table + `, 'SELECT')`, "the login may not read " + table, grant},
+			check{`NOT has_table_privilege(` + login + `, ` + table + `, 'INSERT, UPDATE, DELETE, TRUNCATE, TRIGGER, REFERENCES')`, "the login may change " + table,
+				"REVOKE ALL ON TABLE " + quoted + " FROM PUBLIC, " + runtime + ", " + ident.Quote(user) + "; " + grant})
 	}
 	return checks
+}
+
+// withoutRights is the statement that takes the server's rights from a role.
+func withoutRights(role string) string {
+	return "ALTER ROLE " + ident.Quote(role) + " NOSUPERUSER NOCREATEROLE NOCREATEDB NOREPLICATION NOBYPASSRLS;"
 }
 
 // inUse says which sessions a fence waits for, before it ends them all.
