@@ -106,7 +106,7 @@ func (tn *Tenancy) doctor(ctx context.Context, now func() time.Time) ([]Finding,
 
 const (
 	wardTimeout  = 2 * time.Minute // for all checks of one database
-	probeTimeout = 5 * time.Second // for an answer that takes milliseconds
+	probeTimeout = 3 * time.Second // for an answer that takes milliseconds
 )
 
 // doctor is one run of Doctor.
@@ -138,7 +138,7 @@ type doctorServer struct {
 	places      []*doctorPlace
 	areas       []area
 	dense       []doctorDense
-	open        bool // something was found at a database
+	open, pools bool // something was found at a database, or at the login of a shared pool: what follows from that at each tenant is not told as well
 }
 
 // doctorPlace is a place, of which no password is read.
@@ -165,6 +165,7 @@ type ward struct {
 	name     string // of the server; "" for the primary
 	places   []*doctorPlace
 	settings map[string]setting
+	pooled   bool // the session is not this node's alone
 }
 
 // doctorCheck is one that is made in a ward.
@@ -174,8 +175,8 @@ type doctorCheck struct {
 }
 
 var (
-	// sessionChecks are made at the primary and at each server.
-	sessionChecks = []doctorCheck{{"version", checkVersion}, {"settings", checkSettings}, {"connections", checkConnections}, {"pooler", checkPooler}, {"clock", checkClock}}
+	// sessionChecks are made at the primary and at each server, first of them whether the session is one.
+	sessionChecks = []doctorCheck{{"pooler", checkPooler}, {"version", checkVersion}, {"settings", checkSettings}, {"connections", checkConnections}, {"clock", checkClock}}
 	// primaryChecks are made of what the primary says.
 	primaryChecks = []doctorCheck{{"primary", checkPrimary}, {"listen", checkListen}, {"keys", checkKeys}, {"nodes", checkNodes}, {"intent", checkIntents}, {"fence", checkFences}, {"migration", checkMigrations}}
 	// wardChecks are made in each server's own database, of all that is the server's.
@@ -274,15 +275,22 @@ func (w *ward) examine(ctx context.Context, database string) bool {
 		}
 		return true
 	}
+	if errors.Is(err, ErrPooler) {
+		w.check = "pooler"
+	}
 	if err != nil {
-		w.find(LevelFailure, "it cannot be reached: "+err.Error(), "its tenants cannot be served; they were not looked at", "start it, or tell Catalog.AddServer the provisioner's password; docs/operations.md, \"A tenants' server is down\"")
+		w.find(LevelFailure, "it cannot be reached: "+err.Error(), "its tenants cannot be served; they were not looked at", "start it, or see its address and tell Catalog.AddServer the provisioner's password; docs/operations.md, \"A tenants' server is down\"")
 		return false
 	}
 	defer closeConn(conn)
 	w.conn, w.address = conn, d
 	w.address.Password = ""
 	if own {
-		w.make(ctx, sessionChecks)
+		w.make(ctx, sessionChecks[:1])
+		if w.pooled { // what is set here would be others'
+			return false
+		}
+		w.make(ctx, sessionChecks[1:])
 	}
 	if _, err := conn.Exec(ctx, "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"); err != nil {
 		w.find(LevelWarning, "its session cannot be made to read only: "+err.Error(), "Doctor changes nothing, and does not look without that", "see what it says")

@@ -137,6 +137,7 @@ func checkRoles(ctx context.Context, w *ward) error {
 		case "login":
 			w.checkLogin(r.place, s.name, s.login, s.limit, s.sessions)
 		case "dense login":
+			w.server.pools = w.server.pools || s.inherit || len(s.rights) > 0
 			if !s.login {
 				w.of(r, LevelFailure, fmt.Sprintf("the shared pool's login %s may not log in", s.name), "calls of all tenants of the pool fail", "ALTER ROLE "+quoted+" LOGIN;")
 			}
@@ -284,7 +285,8 @@ func checkMemberships(ctx context.Context, w *ward) error {
 func checkDatabases(ctx context.Context, w *ward) error {
 	by := map[string]*doctorPlace{}
 	own := w.server.provisioner
-	allowed := map[string]bool{own.User: true, tenantsRole(own.Database): true, w.server.reader: w.server.reader != "", "": true} // checkServer asks for PUBLIC
+	allowed := map[string]bool{own.User: true, tenantsRole(own.Database): true}
+	allowed[w.server.reader], allowed[""] = true, true // checkServer asks for PUBLIC
 	for _, p := range w.server.places {
 		if p.isolation == IsolationDatabase && p.state == "made" {
 			by[p.source.Database] = p
@@ -485,10 +487,10 @@ func (w *ward) missingInDatabase(ctx context.Context) error {
 }
 
 // grants are what others than their owner have, on schemas $1, on what is in them, and by default on what will be.
-const grants = `WITH schema AS (SELECT oid, nspname, nspacl FROM pg_namespace WHERE nspname = ANY($1)), acl AS (
-		SELECT nspname, 'schema' AS kind, '' AS owner, acl.grantee FROM schema, aclexplode(nspacl) acl
-		UNION ALL SELECT nspname, CASE c.relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, '', acl.grantee FROM schema JOIN pg_class c ON c.relnamespace = schema.oid, aclexplode(c.relacl) acl
-		UNION ALL SELECT nspname, 'table', '', acl.grantee FROM schema JOIN pg_class c ON c.relnamespace = schema.oid JOIN pg_attribute a ON a.attrelid = c.oid AND a.attacl IS NOT NULL, aclexplode(a.attacl) acl
+const grants = `WITH schema AS (SELECT oid, nspname, nspowner, nspacl FROM pg_namespace WHERE nspname = ANY($1)), acl AS (
+		SELECT nspname, 'schema' AS kind, '' AS owner, acl.grantee FROM schema, aclexplode(nspacl) acl WHERE acl.grantee <> nspowner
+		UNION ALL SELECT nspname, CASE c.relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, '', acl.grantee FROM schema JOIN pg_class c ON c.relnamespace = schema.oid, aclexplode(c.relacl) acl WHERE acl.grantee <> c.relowner
+		UNION ALL SELECT nspname, 'table', '', acl.grantee FROM schema JOIN pg_class c ON c.relnamespace = schema.oid JOIN pg_attribute a ON a.attrelid = c.oid AND a.attacl IS NOT NULL, aclexplode(a.attacl) acl WHERE acl.grantee <> c.relowner
 		UNION ALL SELECT nspname, CASE d.defaclobjtype WHEN 'S' THEN 'sequences to come' ELSE 'tables to come' END, pg_get_userbyid(d.defaclrole)::text, acl.grantee
 			FROM schema JOIN pg_default_acl d ON d.defaclnamespace = schema.oid AND d.defaclobjtype IN ('r', 'S'), aclexplode(d.defaclacl) acl)
 	SELECT nspname::text, kind, owner, coalesce(r.rolname::text, ''), coalesce(r.rolsuper, false), count(*) FROM acl LEFT JOIN pg_roles r ON r.oid = acl.grantee GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4`
@@ -543,11 +545,17 @@ func checkPrivileges(ctx context.Context, w *ward) error {
 // checkOwners looks for what in a schema is not its owner's.
 func checkOwners(ctx context.Context, w *ward) error {
 	by, roles := w.schemas(), w.server.roles()
-	rows, _ := w.conn.Query(ctx, `SELECT n.nspname::text, pg_get_userbyid(o.owner)::text, count(*), (array_agg(o.what ORDER BY o.what))[1:20] FROM pg_namespace n JOIN (
-			SELECT relnamespace AS namespace, relowner AS owner, format('TABLE %s', oid::regclass) AS what FROM pg_class c WHERE relkind IN ('r', 'p', 'v', 'm', 'f') OR relkind = 'S'
-				AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype IN ('a', 'i'))
-			UNION ALL SELECT pronamespace, proowner, format('ROUTINE %s', oid::regprocedure) FROM pg_proc) o ON o.namespace = n.oid
-		WHERE n.nspname = ANY($1) AND o.owner <> n.nspowner GROUP BY 1, 2 ORDER BY 1, 2`, schemaNames(by))
+	schemas := schemaNames(by)
+	owners := make([]string, len(schemas))
+	for i, name := range schemas {
+		owners[i] = by[name].owner
+	}
+	rows, _ := w.conn.Query(ctx, `SELECT n.nspname::text, pg_get_userbyid(o.owner)::text, count(*), (array_agg(o.what ORDER BY o.what))[1:20] FROM unnest($1::text[], $2::text[]) place (schema, owner) JOIN pg_namespace n ON n.nspname = place.schema JOIN (
+			SELECT relnamespace AS namespace, 'pg_class'::regclass AS class, oid, relowner AS owner, format('TABLE %s', oid::regclass) AS what FROM pg_class WHERE relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+			UNION ALL SELECT pronamespace, 'pg_proc'::regclass, oid, proowner, format('ROUTINE %s', oid::regprocedure) FROM pg_proc) o ON o.namespace = n.oid
+		WHERE pg_get_userbyid(o.owner) <> place.owner
+		AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = o.class AND d.objid = o.oid AND d.deptype IN ('a', 'i', 'e')) -- a column's sequence, and what is an extension's
+		GROUP BY 1, 2 ORDER BY 1, 2`, schemas, owners)
 	var schema, owner string
 	var n int
 	var what []string
@@ -561,7 +569,7 @@ func checkOwners(ctx context.Context, w *ward) error {
 		for _, one := range what {
 			mend.WriteString("ALTER " + one + " OWNER TO " + ident.Quote(p.owner) + "; ")
 		}
-		w.at(p, level, fmt.Sprintf("%d objects in schema %s belong to %s, such as %s", n, schema, owner, strings.ToLower(what[0][:1])+what[0][1:]), why, w.within(strings.TrimSpace(mend.String())))
+		w.at(p, level, fmt.Sprintf("%d objects in schema %s belong to %s, such as %s", n, schema, owner, what[0]), why, w.within(strings.TrimSpace(mend.String())))
 		return nil
 	})
 	return err
@@ -593,7 +601,7 @@ func checkIsolation(ctx context.Context, w *ward) error {
 			continue
 		}
 		one := loginChecks(&p.place, p.source.User)
-		if p.dense && p.denseRole != "" && p.denseLogin != "" && p.tenant.State == StateActive {
+		if p.dense && p.denseRole != "" && p.denseLogin != "" && p.tenant.State == StateActive && !w.server.pools {
 			one = append(one, denseChecks(&p.place)...)
 		}
 		for i := range one {

@@ -77,12 +77,12 @@ func checkSettings(ctx context.Context, w *ward) error {
 		why, set string
 	}{
 		{"synchronous_commit", "off", LevelWarning, "what callers were told is committed is lost when the server dies: at the primary a suspension, or the way to a tenant's new place", database + " SET synchronous_commit = on;"},
-		{"default_transaction_read_only", "on", LevelFailure, "each write is refused", database + " SET default_transaction_read_only = off;"},
+		{"default_transaction_read_only", "on", LevelFailure, "each write is refused", "BEGIN READ WRITE; " + database + " SET default_transaction_read_only = off; COMMIT;"},
 		{"password_encryption", "md5", LevelWarning, "a password that is set by hand is kept as MD5, which is as good as the password to who reads it; the library's own are SCRAM", "ALTER SYSTEM SET password_encryption = 'scram-sha-256'; SELECT pg_reload_conf();"},
 	} {
 		if is := w.settings[s.name]; is.value == s.bad {
 			mend := s.set
-			switch is.source {
+			switch is.source { // whatever says it
 			case "user":
 				mend = "ALTER ROLE " + ident.Quote(w.address.User) + " RESET " + s.name + ";"
 			case "database user":
@@ -121,7 +121,7 @@ func checkPooler(ctx context.Context, w *ward) error {
 	const mend = "give PostgreSQL's own address; tenants' calls alone may go through a pooler: ServerConfig.Pooler, docs/poolers.md"
 	pooled := func(conn *pgx.Conn) (bool, error) {
 		var pid uint32
-		err := conn.QueryRow(ctx, `SELECT pg_backend_pid()`, pgx.QueryExecModeSimpleProtocol).Scan(&pid)
+		err := conn.QueryRow(ctx, `SELECT pg_catalog.pg_backend_pid()`, pgx.QueryExecModeSimpleProtocol).Scan(&pid)
 		return pid != conn.PgConn().PID(), err
 	}
 	through, err := pooled(w.conn)
@@ -129,8 +129,8 @@ func checkPooler(ctx context.Context, w *ward) error {
 		return err
 	}
 	if w.server != nil {
-		if through {
-			w.find(LevelFailure, "between this node and the server is a pooler", "the provisioner's sessions, migrations and tenants without a pooler need sessions of their own, and what they set goes to others", mend)
+		if w.pooled = through; through {
+			w.find(LevelFailure, "between this node and the server is a pooler", "the provisioner's sessions, migrations and tenants without a pooler need sessions of their own, and what they set goes to others; nothing else was looked at", mend)
 		}
 		return w.dialPooler(ctx)
 	}

@@ -2,17 +2,22 @@ package tenancy_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"net"
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy"
+	"github.com/msmt-go/tenancy/internal/pgembed"
 	"github.com/msmt-go/tenancy/tenancytest"
 )
 
@@ -177,7 +182,7 @@ var faults = [][]fault{
 		{"primary", `INSERT INTO tenancy.nodes (id, name, epoch, seen) VALUES ('00000000-0000-4000-8000-000000000001', 'lost/1', 0, now() - interval '9 min')`, "nodes", tenancy.LevelWarning, "", "node lost/1 (00000000-0000-4000-8000-000000000001) has been silent", `DELETE FROM tenancy.nodes WHERE name = 'lost/1'`},
 		{"primary", `ALTER DATABASE {primary} SET synchronous_commit = off`, "settings", tenancy.LevelWarning, "", "synchronous_commit is off", ""},
 	}, {
-		{"tenants", `ALTER ROLE {o:schema1} LOGIN`, "role", tenancy.LevelFailure, "schema1", "may log in", ""},
+		{"tenants", `ALTER ROLE {o:schema1} LOGIN VALID UNTIL 'infinity'`, "role", tenancy.LevelFailure, "schema1", "may log in", ""},
 		{"tenants", `ALTER ROLE {r:schema2} LOGIN`, "role", tenancy.LevelFailure, "schema2", "may log in", ""},
 		{"tenants", `ALTER ROLE {l:shared2} NOLOGIN`, "role", tenancy.LevelFailure, "shared2", "may not log in", ""},
 		{"tenants", `ALTER ROLE {l:shared1} CONNECTION LIMIT 1`, "role", tenancy.LevelWarning, "shared1", "CONNECTION LIMIT 1", ""},
@@ -191,6 +196,7 @@ var faults = [][]fault{
 		{"primary", `UPDATE tenancy.data_sources SET migrating = 99 WHERE schema = '{s:dense2}'`, "migration", tenancy.LevelFailure, "dense2", "migration 99 has died half-way", `UPDATE tenancy.data_sources SET migrating = NULL`},
 		{"primary", `INSERT INTO tenancy.data_sources (uid, server, schema, owner, runtime, login, sealed, state, updated) SELECT gen_random_uuid(), server, 't_ffffffffffffffffffff', 'o', 'r', 'l', sealed, 'intent', now() - interval '2 h' FROM tenancy.data_sources LIMIT 1`,
 			"intent", tenancy.LevelWarning, "", "place t_ffffffffffffffffffff is unfinished", `DELETE FROM tenancy.data_sources WHERE state = 'intent'`},
+	}, {
 		{"tenants", `ALTER DATABASE {tenants} SET default_transaction_read_only = on`, "settings", tenancy.LevelFailure, "", "default_transaction_read_only is on", ""},
 	}, {
 		{"tenants", `GRANT CREATE ON SCHEMA {s:schema1} TO {r:schema1}`, "isolation", tenancy.LevelFailure, "schema1", "may create in its schema", ""},
@@ -202,7 +208,7 @@ var faults = [][]fault{
 		{"{db:database2}", `ALTER SCHEMA {s:database2} RENAME TO lost`, "place", tenancy.LevelFailure, "database2", "is missing", `ALTER SCHEMA lost RENAME TO {s:database2}`},
 		{"primary", `UPDATE tenancy.tenants SET state = 'suspended', updated = now() - interval '1 h' WHERE id = {id:tight1}`, "fence", tenancy.LevelWarning, "tight1", "was not closed at its server", `UPDATE tenancy.tenants SET state = 'active' WHERE id = {id:tight1}`},
 		{"primary", `UPDATE tenancy.tenants SET state = 'suspended', fenced = now() WHERE id = {id:tight2}`, "fence", tenancy.LevelFailure, "tight2", "may log in", `UPDATE tenancy.tenants SET state = 'active', fenced = NULL WHERE id = {id:tight2}`},
-		{"tenants", `CREATE FUNCTION {s:shared2}.risky() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1'`, "extension", tenancy.LevelWarning, "", "risky(), which works with the rights of the superuser", `DROP FUNCTION {s:shared2}.risky()`},
+		{"tenants", `CREATE FUNCTION public.risky() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1'`, "extension", tenancy.LevelWarning, "", "risky(), which works with the rights of the superuser", ""},
 	},
 }
 
@@ -251,4 +257,267 @@ func TestDoctorFindsEachFault(t *testing.T) {
 	}
 }
 
-var _ = time.Now
+// find returns the finding of a check that says the text.
+func find(found []tenancy.Finding, check, says string) (tenancy.Finding, bool) {
+	i := slices.IndexFunc(found, func(f tenancy.Finding) bool { return f.Check == check && strings.Contains(f.What, says) })
+	if i < 0 {
+		return tenancy.Finding{}, false
+	}
+	return found[i], true
+}
+
+func wantFinding(t *testing.T, found []tenancy.Finding, check, says string, level tenancy.Level) {
+	t.Helper()
+	if f, ok := find(found, check, says); !ok || f.Level != level {
+		t.Errorf("%s: %q with level %s was not found, but %v", check, says, level, f)
+		for _, f := range found {
+			t.Log(f)
+		}
+	}
+}
+
+// A node that is set up in another way than its servers, keys and fellows.
+func TestDoctorLooksAtTheNodeItself(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationSchema})
+	acme, globex := makeIn(t, tn, "acme", tenancy.IsolationSchema), makeIn(t, tn, "globex", tenancy.IsolationSchema)
+	for _, skew := range []time.Duration{-time.Hour, time.Minute} {
+		found, err := tn.DoctorAt(t.Context(), func() time.Time { return time.Now().Add(skew) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		says := map[bool]string{true: "ahead of this node's", false: "behind this node's"}[skew < 0]
+		wantFinding(t, found, "clock", says, tenancy.LevelWarning)
+		if n := len(slices.DeleteFunc(found, func(f tenancy.Finding) bool { return f.Check != "clock" })); n != 2 {
+			t.Errorf("%d clocks were found, want those of the primary and of the server", n)
+		}
+	}
+
+	fresh, err := tenancy.NewKey("fresh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := tenancy.ParseKeyring(fresh + "," + f.KeyText)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := tenancy.Open(t.Context(), tenancy.Config{PrimaryURL: f.PrimaryURL, Keys: keys, Limits: tenancy.Limits{ServerConns: 5000}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if err := tn.Migrator().Pin(t.Context(), acme.ID, 1); err != nil {
+		t.Fatal(err)
+	}
+	must(t, f.Admin(t, "primary"), "UPDATE tenancy.data_sources SET version = 7 WHERE uid = $1", globex.UID)
+	found, err := other.Doctor(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantFinding(t, found, "keys", `sealed with the older key "test"`, tenancy.LevelWarning)
+	wantFinding(t, found, "connections", "Limits.ServerConns is 5000", tenancy.LevelWarning)
+	wantFinding(t, found, "nodes", "2 nodes are alive, and Limits.Nodes is 1", tenancy.LevelWarning)
+	wantFinding(t, found, "migration", "were not looked at", tenancy.LevelNote)
+	if _, err := other.Catalog().RotateKeys(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if found, err = other.Doctor(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantFinding(t, found, "keys", `key "test" seals nothing any more`, tenancy.LevelNote)
+	if found, err = tn.Doctor(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantFinding(t, found, "keys", `a key of id "fresh", which Config.Keys has not`, tenancy.LevelFailure)
+	wantFinding(t, found, "server", "cannot be looked at", tenancy.LevelFailure)
+	wantFinding(t, found, "migration", "it is pinned to version 1", tenancy.LevelNote)
+	wantFinding(t, found, "migration", "at version 7, and this release knows 1", tenancy.LevelNote)
+	wantFinding(t, found, "isolation", "was not made", tenancy.LevelNote)
+}
+
+func TestDoctorGoesOnWithoutWhatIsDown(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationSchema})
+	acme, globex := makeIn(t, tn, "acme", tenancy.IsolationSchema), makeIn(t, tn, "globex", tenancy.IsolationSchema)
+	primary, tenants := f.Admin(t, "primary"), f.Admin(t, "tenants")
+	// A server whose port nobody listens on, with acme's place.
+	must(t, primary, `INSERT INTO tenancy.servers (name, host, port, database, tls, provisioner) SELECT 'down', '127.0.0.1', 1, 'gone', tls, $1 FROM tenancy.servers`, sealProvisioner(t, tn, f, 1))
+	must(t, primary, `UPDATE tenancy.data_sources SET server = (SELECT id FROM tenancy.servers WHERE name = 'down') WHERE uid = $1`, acme.UID)
+	must(t, tenants, "ALTER ROLE "+placeOf(t, f, globex.ID).Runtime+" CREATEDB")
+	found, err := tn.Doctor(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantFinding(t, found, "server", "it cannot be reached", tenancy.LevelFailure)
+	wantFinding(t, found, "role", "has CREATEDB", tenancy.LevelFailure)
+	if down, _ := find(found, "server", "it cannot be reached"); down.Server != "down" {
+		t.Errorf("it is said of server %q", down.Server)
+	}
+	// Missing rights of the catalog's login are a check that cannot be made.
+	must(t, primary, "ALTER TABLE tenancy.nodes RENAME TO lost")
+	if found, err = tn.Doctor(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantFinding(t, found, "nodes", "the check could not be made", tenancy.LevelWarning)
+	wantFinding(t, found, "keys", "nothing found", tenancy.LevelOK)
+	must(t, primary, "ALTER TABLE tenancy.lost RENAME TO nodes")
+
+	must(t, tenants, "ALTER DATABASE "+primary.Config().Database+" ALLOW_CONNECTIONS false")
+	defer must(t, tenants, "ALTER DATABASE "+primary.Config().Database+" ALLOW_CONNECTIONS true")
+	if found, err = tn.Doctor(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantFinding(t, found, "primary", "the primary cannot be reached", tenancy.LevelFailure)
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := tn.Doctor(ended); !errors.Is(err, context.Canceled) {
+		t.Errorf("with an ended context: %v", err)
+	}
+}
+
+// sealProvisioner is the fleet's provisioner as it is kept, at another port.
+func sealProvisioner(t *testing.T, tn *tenancy.Tenancy, f *tenancytest.Fleet, port uint16) []byte {
+	t.Helper()
+	d, err := tenancy.ParseDataSource(f.ServerURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Host, d.Port = "127.0.0.1", port
+	sealed, err := tn.SealProvisionerForTest(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sealed
+}
+
+func TestDoctorKnowsAPooler(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationSchema})
+	var users strings.Builder
+	for _, raw := range []string{f.PrimaryURL, f.ServerURL} {
+		u, err := url.Parse(raw)
+		if err != nil {
+			t.Fatal("the fleet's URL cannot be parsed")
+		}
+		password, _ := u.User.Password()
+		fmt.Fprintf(&users, "%q %q\n", u.User.Username(), password)
+	}
+	server, err := url.Parse(f.ServerURL)
+	if err != nil {
+		t.Fatal("the fleet's URL cannot be parsed")
+	}
+	b, err := pgembed.StartBouncer(t.Context(), fmt.Sprintf("[databases]\n* = host=%s port=%s\n\n[pgbouncer]\nauth_type = scram-sha-256\npool_mode = transaction\nignore_startup_parameters = search_path, lock_timeout, extra_float_digits\n",
+		server.Hostname(), server.Port()), users.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	primary := f.Admin(t, "primary")
+	t.Cleanup(func() {
+		if err := b.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	doctor := func(tn *tenancy.Tenancy) []tenancy.Finding {
+		t.Helper()
+		found, err := tn.Doctor(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return found
+	}
+	address := net.JoinHostPort("127.0.0.1", strconv.Itoa(b.Port()))
+	must(t, primary, "UPDATE tenancy.servers SET pooler = $1", address)
+	wantFinding(t, doctor(tn), "pooler", "nothing found", tenancy.LevelOK)
+	must(t, primary, "UPDATE tenancy.servers SET pooler = '127.0.0.1:1'")
+	wantFinding(t, doctor(tn), "pooler", "its pooler cannot be reached", tenancy.LevelFailure)
+	must(t, primary, "UPDATE tenancy.servers SET pooler = '', provisioner = $1", sealProvisioner(t, tn, f, uint16(b.Port())))
+	found := doctor(tn)
+	wantFinding(t, found, "pooler", "between this node and the server is a pooler", tenancy.LevelFailure)
+	wantFinding(t, found, "role", "was not made", tenancy.LevelNote)
+	must(t, primary, "UPDATE tenancy.servers SET provisioner = NULL")
+
+	way, err := url.Parse(f.PrimaryURL)
+	if err != nil {
+		t.Fatal("the fleet's URL cannot be parsed")
+	}
+	way.Host, way.RawQuery = address, "sslmode=disable&default_query_exec_mode=exec"
+	for _, listen := range []string{f.PrimaryURL, ""} {
+		pooled, err := tenancy.Open(t.Context(), tenancy.Config{PrimaryURL: way.String(), ListenURL: listen, Keys: f.Keys, CheckPrimaryOnly: true, Logger: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := doctor(pooled)
+		if err := pooled.Close(); err != nil {
+			t.Error(err)
+		}
+		if listen != "" {
+			wantFinding(t, found, "pooler", "Config.PrimaryURL leads through a pooler", tenancy.LevelNote)
+			wantFinding(t, found, "listen", "nothing found", tenancy.LevelOK)
+		} else {
+			wantFinding(t, found, "pooler", "Config.ListenURL leads through a pooler", tenancy.LevelFailure)
+			wantFinding(t, found, "listen", "a notification did not come back", tenancy.LevelWarning)
+		}
+	}
+}
+
+func TestDoctorJudgesSettings(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{})
+	good := map[string]string{"server_version_num": "150018", "synchronous_commit": "on", "password_encryption": "scram-sha-256", "ssl": "on", "default_transaction_read_only": "off",
+		"max_connections": "100", "superuser_reserved_connections": "3", "reserved_connections": "0", "in_recovery": "false"}
+	if found := tenancy.SettingsForTest(tn, "db.example.com", good); len(found) > 0 {
+		t.Errorf("good settings: %v", found)
+	}
+	for _, c := range []struct {
+		name, value, host string
+		level             tenancy.Level
+		says              string
+	}{
+		{"server_version_num", "130010", "", tenancy.LevelFailure, "PostgreSQL 13 is older"},
+		{"server_version_num", "190000", "", tenancy.LevelNote, "PostgreSQL 19 is newer"},
+		{"in_recovery", "true", "", tenancy.LevelFailure, "is a standby"},
+		{"synchronous_commit", "off", "", tenancy.LevelWarning, "synchronous_commit is off"},
+		{"default_transaction_read_only", "on", "", tenancy.LevelFailure, "default_transaction_read_only is on"},
+		{"password_encryption", "md5", "", tenancy.LevelWarning, "password_encryption is md5"},
+		{"ssl", "off", "", tenancy.LevelWarning, "has no TLS"},
+		{"ssl", "off", "127.0.0.1", 0, ""},
+		{"ssl", "off", "localhost", 0, ""},
+		{"max_connections", "82", "", tenancy.LevelWarning, "the server gives 79"},
+		{"reserved_connections", "18", "", tenancy.LevelWarning, "the server gives 79"},
+	} {
+		settings := maps.Clone(good)
+		settings[c.name] = c.value
+		host := c.host
+		if host == "" {
+			host = "db.example.com"
+		}
+		found := tenancy.SettingsForTest(tn, host, settings)
+		if c.says == "" {
+			if len(found) > 0 {
+				t.Errorf("%s %s at %s: %v", c.name, c.value, host, found)
+			}
+			continue
+		}
+		if len(found) != 1 || found[0].Level != c.level || !strings.Contains(found[0].What, c.says) {
+			t.Errorf("%s %s at %s: %v, want %s %q", c.name, c.value, host, found, c.level, c.says)
+		}
+	}
+}
+
+func TestAFindingIsOneLine(t *testing.T) {
+	t.Parallel()
+	f := tenancy.Finding{Check: "role", Level: tenancy.LevelFailure, Tenant: tenancy.Tenant{ID: 7, Name: "acme"}, Server: "main", What: "a\nb \x1b[31mred \u202e", Why: "w", Mend: "m"}
+	if got, want := f.String(), `failure role server main tenant acme (7): a\nb \x1b[31mred \u202e; it matters: w; mend it with: m`; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	if got, want := (tenancy.Finding{Check: "clock", What: "nothing found"}).String(), "ok clock: nothing found"; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	if got := tenancy.Level(9).String(); got != "level 9" {
+		t.Error(got)
+	}
+}

@@ -25,3 +25,8 @@ func SettingsForTest(tn *Tenancy, host string, settings map[string]string) (foun
 	}
 	return found
 }
+
+// SealProvisionerForTest is a provisioner's login as the primary keeps it.
+func (tn *Tenancy) SealProvisionerForTest(d DataSource) ([]byte, error) {
+	return tn.primary.sealSource(UID(tn.realm.Value()), "provisioner", d)
+}
