@@ -272,6 +272,9 @@ func checkMemberships(ctx context.Context, w *ward) error {
 		return err
 	}
 	for e, p := range needed {
+		if p.suspect { // a role that is missing is no member either
+			continue
+		}
 		grant := "GRANT " + ident.Quote(e.of) + " TO " + ident.Quote(e.member)
 		if e.of == p.denseRole {
 			grant = takeRole(w.conn, ident.Quote(e.of), e.member)
@@ -434,11 +437,14 @@ func schemaNames(by map[string]*doctorPlace) []string {
 
 // at tells a finding at a schema: a shared one is no place's.
 func (w *ward) at(p *doctorPlace, level Level, what, why, mend string) {
-	if p.isolation == IsolationShared {
-		w.find(level, what, why, mend)
+	if p.isolation != IsolationShared {
+		w.ofPlace(p, level, what, why, mend)
 		return
 	}
-	w.ofPlace(p, level, what, why, mend)
+	w.find(level, what, why, mend)
+	for _, p := range w.places {
+		p.suspect = p.suspect || p.isolation == IsolationShared && w.check == "place"
+	}
 }
 
 // checkPlaces looks whether the schemas are there, with what the library keeps in them, and whose they are.
@@ -592,38 +598,59 @@ func checkRows(ctx context.Context, w *ward) error {
 	return nil
 }
 
+// placesAtOnce is of how many places one statement asks.
+const placesAtOnce = 25
+
 // checkIsolation asks of each place what the library asks when it makes one. Where something was found already, that comes first.
 func checkIsolation(ctx context.Context, w *ward) error {
-	var checks []check
-	var of []*doctorPlace
+	var places []*doctorPlace
 	for _, p := range w.places {
-		if p.state != "made" || !p.current || p.suspect {
+		if p.state == "made" && p.current && !p.suspect {
+			places = append(places, p)
+		}
+	}
+	said := map[string]bool{} // one mend mends it for all
+	for some := range slices.Chunk(places, placesAtOnce) {
+		err := w.askPlaces(ctx, some, said)
+		if err == nil {
 			continue
 		}
+		for _, p := range some { // one of them has lost a role, or was dropped meanwhile
+			if err := w.askPlaces(ctx, []*doctorPlace{p}, said); err != nil {
+				if ctx.Err() != nil {
+					return err
+				}
+				w.ofPlace(p, LevelWarning, "the check could not be made: "+err.Error(), "what it looks for may be there", "see what it says, and call Doctor again")
+			}
+		}
+	}
+	return nil
+}
+
+// askPlaces asks of all these places in one statement.
+func (w *ward) askPlaces(ctx context.Context, places []*doctorPlace, said map[string]bool) error {
+	var checks []check
+	var of []*doctorPlace
+	for _, p := range places {
 		one := loginChecks(&p.place, p.source.User)
 		if p.dense && p.denseRole != "" && p.denseLogin != "" && p.tenant.State == StateActive && !w.server.pools {
 			one = append(one, denseChecks(&p.place)...)
 		}
-		for i := range one {
-			checks, of = append(checks, one[i]), append(of, p)
+		for _, c := range one {
+			checks, of = append(checks, c), append(of, p)
 		}
 	}
-	said := map[string]bool{}
-	for i := 0; i < len(checks); i += checksAtOnce {
-		some := checks[i:min(i+checksAtOnce, len(checks))]
-		yes, err := answers(ctx, w.conn, some)
-		if err != nil {
-			return err
+	yes, err := answers(ctx, w.conn, checks)
+	if err != nil {
+		return err
+	}
+	for i, c := range checks {
+		// What opens a database was told at that.
+		if yes[i] || said[c.fix] || w.server.open && (c.what == openElsewhere || c.what == openHere) {
+			continue
 		}
-		for j, c := range some {
-			p := of[i+j]
-			// One mend mends it for all, and what opens a database has been told at that.
-			if yes[j] || said[c.fix] || w.server.open && (c.what == openElsewhere || c.what == openHere) {
-				continue
-			}
-			said[c.fix] = true
-			w.ofPlace(p, LevelFailure, c.what, whyWall+"; or its calls fail", c.fix)
-		}
+		said[c.fix] = true
+		w.ofPlace(of[i], LevelFailure, c.what, whyWall+"; or its calls fail", c.fix)
 	}
 	return nil
 }

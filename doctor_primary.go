@@ -267,7 +267,7 @@ func checkNodes(ctx context.Context, w *ward) error {
 			return nil
 		}
 		w.find(LevelWarning, fmt.Sprintf("node %s (%s) has been silent for %v", name, id, time.Duration(age*float64(time.Second)).Round(time.Second)), "it is paused, cut off or dead: it serves what it knew then, and fences do not wait for it",
-			"see to the node; if the process is gone: DELETE FROM tenancy.nodes WHERE id = "+ident.Literal(id)+"; (the validity job does it after an hour)")
+			w.within("DELETE FROM tenancy.nodes WHERE id = "+ident.Literal(id)+";")+", when its process is gone; the validity job does it after an hour")
 		return nil
 	})
 	if limit := w.tn.cfg.Limits.Nodes; err == nil && living > limit {

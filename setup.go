@@ -55,9 +55,6 @@ func failing(ctx context.Context, q querier, checks []check) (failed []check, er
 	return failed, err
 }
 
-// checksAtOnce is how many questions are one statement at most.
-const checksAtOnce = 400
-
 // answers asks all checks in one statement.
 func answers(ctx context.Context, q querier, checks []check) (yes []bool, err error) {
 	questions := make([]string, len(checks))
