@@ -193,7 +193,7 @@ var faults = [][]fault{
 		{"tenants", `ALTER ROLE {r:schema2} LOGIN`, "role", tenancy.LevelFailure, "schema2", "may log in", ""},
 		{"tenants", `ALTER ROLE {l:shared2} NOLOGIN`, "role", tenancy.LevelFailure, "shared2", "may not log in", ""},
 		{"tenants", `ALTER ROLE {l:shared1} CONNECTION LIMIT 1`, "role", tenancy.LevelWarning, "shared1", "CONNECTION LIMIT 1", ""},
-		{"tenants", `REVOKE {r:dense1} FROM {l:dense1}`, "membership", tenancy.LevelFailure, "dense1", "is no member of {r:dense1}", ""},
+		{"tenants", `REVOKE {r:dense1} FROM {l:dense1} GRANTED BY {provisioner}`, "membership", tenancy.LevelFailure, "dense1", "is no member of {r:dense1}", ""},
 		{"tenants", `GRANT SELECT ON {s:dense2}.notes TO {l:tight1}`, "privilege", tenancy.LevelFailure, "dense2", "{l:tight1} of tenant tight1 has rights on tables", ""},
 		{"{db:database1}", `GRANT SELECT ON {s:database1}.notes TO PUBLIC`, "privilege", tenancy.LevelWarning, "database1", "PUBLIC has rights on tables", ""},
 		{"{db:database2}", `CREATE EXTENSION dblink SCHEMA public`, "extension", tenancy.LevelWarning, "database2", "extension dblink is there", ""},
@@ -270,6 +270,15 @@ func TestDoctorFindsEachFault(t *testing.T) {
 		}
 		h.wantHealthy(t, fmt.Sprintf("after wave %d", n))
 	}
+	if scan[int](t, h.Admin(t, "tenants"), "SELECT current_setting('server_version_num')::int / 10000") < 16 {
+		return // memberships do not say by themselves whether they are inherited
+	}
+	h.exec(t, "tenants", `GRANT {s:dense2} TO {pool} WITH INHERIT TRUE GRANTED BY {provisioner}`)
+	_, all = h.doctor(t, h.tn)
+	wantFinding(t, all, "membership", "inherits the rights of "+h.names.Replace("{s:dense2}"), tenancy.LevelFailure)
+	inherits, _ := find(all, "membership", "inherits the rights of")
+	h.mend(t, inherits)
+	h.wantHealthy(t, "after the membership inherits no more")
 }
 
 // find returns the finding of a check that says the text.
