@@ -258,18 +258,20 @@ func takeRole(conn *pgx.Conn, quoted, login string) string {
 // denseChecks are what has to be true of the place's role and of the login that takes it.
 func denseChecks(p *place) []check {
 	role, login, schema := ident.Literal(p.denseRole), ident.Literal(p.denseLogin), ident.Literal(p.source.Schema)
+	roles, here := ident.Quote(p.denseRole)+", "+ident.Quote(p.denseLogin), "; -- in database "+ident.Quote(p.source.Database)
 	checks := []check{
-		{`has_schema_privilege(` + role + `, ` + schema + `, 'USAGE')`, "the tenant's role may not use its schema", mendPlace},
-		{`NOT has_database_privilege(` + role + `, current_database(), 'TEMPORARY, CREATE')`, "the tenant's role may make temporary objects or schemas", mendPlace},
-		{`SELECT NOT (rolcanlogin OR rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + role, "the tenant's role may log in, or has rights of the server's", mendPlace},
-		{`NOT has_schema_privilege(` + login + `, ` + schema + `, 'USAGE')`, "the shared pool's login may use the schema without the tenant's role", mendPlace},
-		{`pg_has_role(` + login + `, ` + role + `, 'MEMBER')`, "the shared pool's login may not take the tenant's role", mendPlace},
+		{`has_schema_privilege(` + role + `, ` + schema + `, 'USAGE')`, "the tenant's role may not use its schema", "GRANT " + ident.Quote(p.runtime) + " TO " + ident.Quote(p.denseRole) + ";"},
+		{`NOT has_database_privilege(` + role + `, current_database(), 'TEMPORARY, CREATE')`, "the tenant's role may make temporary objects or schemas", "REVOKE TEMPORARY, CREATE ON DATABASE " + ident.Quote(p.source.Database) + " FROM PUBLIC, " + ident.Quote(p.runtime) + ", " + roles + ";"},
+		{`SELECT NOT (rolcanlogin OR rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + role, "the tenant's role may log in, or has rights of the server's", "ALTER ROLE " + ident.Quote(p.denseRole) + " NOLOGIN; " + withoutRights(p.denseRole)},
+		{`NOT has_schema_privilege(` + login + `, ` + schema + `, 'USAGE')`, "the shared pool's login may use the schema without the tenant's role", "REVOKE ALL ON SCHEMA " + ident.Quote(p.source.Schema) + " FROM PUBLIC, " + ident.Quote(p.denseLogin) + here},
+		{`pg_has_role(` + login + `, ` + role + `, 'MEMBER')`, "the shared pool's login may not take the tenant's role", "call Catalog.SetDense for the tenant again, with true"},
 	}
-	for _, who := range []string{role, login} {
+	for _, name := range []string{p.denseRole, p.denseLogin} {
+		who := ident.Literal(name)
 		checks = append(checks,
-			check{`NOT has_schema_privilege(` + who + `, ` + schema + `, 'CREATE')`, "the shared pool may create in the schema", mendPlace},
-			check{`NOT pg_has_role(` + who + `, ` + ident.Literal(p.owner) + `, 'MEMBER')`, "the shared pool may become the owner", mendPlace},
-			check{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + who, "the shared pool has rights of the server's", mendPlace})
+			check{`NOT has_schema_privilege(` + who + `, ` + schema + `, 'CREATE')`, "the shared pool may create in the schema", "REVOKE CREATE ON SCHEMA " + ident.Quote(p.source.Schema) + " FROM PUBLIC, " + ident.Quote(p.runtime) + ", " + roles + here},
+			check{`NOT pg_has_role(` + who + `, ` + ident.Literal(p.owner) + `, 'MEMBER')`, "the shared pool may become the owner", "REVOKE " + ident.Quote(p.owner) + " FROM " + roles + ";"},
+			check{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + who, "the shared pool has rights of the server's", withoutRights(name)})
 	}
 	return checks
 }

@@ -135,18 +135,24 @@ func verifyDatabases(ctx context.Context, servers *servers, conn *pgx.Conn, d Da
 	return ask(ctx, template, sharedChecks(d, everyone, extensions))
 }
 
+const (
+	openHere      = "every role may connect to the database"
+	openElsewhere = "the login may connect to a database of other tenants"
+)
+
 // apartChecks are what keeps the databases of a server's tenants apart, asked in the place's as its server's provisioner. One that cannot be connected
 // to is on its way, and not opened yet.
 func apartChecks(p *place, login string) []check {
 	group, server := ident.Literal(tenantsRole(p.provisioner.Database)), p.provisioner.Database
 	checks := []check{
-		{`NOT has_database_privilege('public', current_database(), 'CONNECT')`, "every role may connect to the database", mendPlace},
+		{`NOT has_database_privilege('public', current_database(), 'CONNECT')`, openHere, "REVOKE ALL ON DATABASE " + ident.Quote(p.source.Database) + " FROM PUBLIC;"},
 		{`SELECT count(*) = 0 FROM pg_database d WHERE d.datname <> current_database() AND d.datallowconn AND has_database_privilege(` + login + `, d.oid, 'CONNECT')
 			AND (d.datname IN (` + ident.Literal(server) + `, ` + ident.Literal(templateOf(server)) + `)
-				OR d.datname ~ '^t_[0-9a-f]{20}$' AND pg_get_userbyid(d.datdba) = current_user)`, "the login may connect to a database of other tenants", mendPlace},
+				OR d.datname ~ '^t_[0-9a-f]{20}$' AND pg_get_userbyid(d.datdba) = current_user)`, openElsewhere, "REVOKE CONNECT on it that was granted by hand, or the membership that gives it; see \\l and \\drg"},
 	}
 	if p.isolation == IsolationDatabase {
-		checks = append(checks, check{`NOT has_database_privilege(` + group + `, current_database(), 'CONNECT')`, "the tenants of the server's own database may connect to this one", mendPlace})
+		checks = append(checks, check{`NOT has_database_privilege(` + group + `, current_database(), 'CONNECT')`, "the tenants of the server's own database may connect to this one",
+			"REVOKE CONNECT ON DATABASE " + ident.Quote(p.source.Database) + " FROM " + ident.Quote(tenantsRole(server)) + ";"})
 	}
 	return checks
 }

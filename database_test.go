@@ -526,13 +526,13 @@ func TestAServerWithoutDatabasesSaysSoBeforeAnythingIsMade(t *testing.T) {
 			break
 		}
 		for _, m := range setup.Missing {
-			statement, place, _ := strings.Cut(m.Fix, " -- ")
+			statement, place, _ := strings.Cut(m.Mend, " -- ")
 			conn := admin
 			if _, database, ok := strings.Cut(place, "in database "); ok {
 				conn = readmeConn(t, f, strings.Trim(database, `"`))
 			}
 			if _, err := conn.Exec(ctx, statement); err != nil && sqlState(err) != "42704" && sqlState(err) != "3D000" {
-				t.Errorf("%s: %v", m.Fix, err)
+				t.Errorf("%s: %v", m.Mend, err)
 			}
 			if conn != admin {
 				_ = conn.Close(ctx) // one who is connected keeps copies from being made

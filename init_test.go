@@ -248,7 +248,7 @@ func TestOpenChecksAnEmptyPrimaryOnly(t *testing.T) {
 	if !ok || len(setup.Missing) != 1 {
 		t.Fatalf("got %v", err)
 	}
-	must(t, f.Admin(t, "primary"), setup.Missing[0].Fix)
+	must(t, f.Admin(t, "primary"), setup.Missing[0].Mend)
 	wantError(t, open(), tenancy.ErrSetup, "version 0")
 	f.Open(t, tenancy.Config{})
 	if err := open(); err != nil {
@@ -341,8 +341,8 @@ func TestOpenSaysWhatIsMissingAndHowToMendIt(t *testing.T) {
 				t.Fatalf("got %v, want a *SetupError", err)
 			}
 			for _, m := range setup.Missing {
-				if _, err := super.PgConn().Exec(t.Context(), m.Fix).ReadAll(); err != nil {
-					t.Fatalf("%s: %v", m.Fix, err)
+				if _, err := super.PgConn().Exec(t.Context(), m.Mend).ReadAll(); err != nil {
+					t.Fatalf("%s: %v", m.Mend, err)
 				}
 			}
 			if err := open(t); err != nil {

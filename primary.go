@@ -149,10 +149,10 @@ func preparePrimary(ctx context.Context, cfg Config, cc *pgx.ConnConfig) error {
 	case err != nil:
 		return unavailable("open the primary", err)
 	case !there && (cfg.CheckPrimaryOnly || !mayCreate):
-		return &SetupError{Missing: []Finding{{
-			What: fmt.Sprintf("database %q has no schema tenancy, and login %q may not make it", cc.Database, cc.User),
-			Fix:  fmt.Sprintf("CREATE SCHEMA tenancy AUTHORIZATION %s; -- in database %s, or run tenancy.Init", pgx.Identifier{cc.User}.Sanitize(), pgx.Identifier{cc.Database}.Sanitize()),
-		}}}
+		return &SetupError{Missing: []Finding{missing(
+			fmt.Sprintf("database %q has no schema tenancy, and login %q may not make it", cc.Database, cc.User),
+			fmt.Sprintf("CREATE SCHEMA tenancy AUTHORIZATION %s; -- in database %s, or run tenancy.Init", pgx.Identifier{cc.User}.Sanitize(), pgx.Identifier{cc.Database}.Sanitize()),
+		)}}
 	case !there:
 		if _, err := conn.Exec(ctx, `CREATE SCHEMA tenancy`); err != nil {
 			return unavailable("open the primary", err)
@@ -174,10 +174,10 @@ func preparePrimary(ctx context.Context, cfg Config, cc *pgx.ConnConfig) error {
 	case version == primary.Version:
 		return nil
 	case cfg.CheckPrimaryOnly:
-		return &SetupError{Missing: []Finding{{
-			What: fmt.Sprintf("the primary's schema is at version %d and this release needs %d", version, primary.Version),
-			Fix:  "open it once without Config.CheckPrimaryOnly, with a login that owns schema tenancy",
-		}}}
+		return &SetupError{Missing: []Finding{missing(
+			fmt.Sprintf("the primary's schema is at version %d and this release needs %d", version, primary.Version),
+			"open it once without Config.CheckPrimaryOnly, with a login that owns schema tenancy",
+		)}}
 	}
 	if _, err := m.up(ctx, math.MaxInt64); err != nil {
 		return fmt.Errorf("tenancy: migrate the primary: %w", err)

@@ -724,44 +724,55 @@ func verifyPlace(ctx context.Context, conn *pgx.Conn, p *place) error {
 		return ask(ctx, conn, checks)
 	}
 	return ask(ctx, conn, append(checks,
-		check{`SELECT NOT rolcanlogin FROM pg_roles WHERE rolname = ` + ident.Literal(p.owner), "the owner may still log in", mendPlace}))
+		check{`SELECT NOT rolcanlogin FROM pg_roles WHERE rolname = ` + ident.Literal(p.owner), "the owner may still log in", "ALTER ROLE " + ident.Quote(p.owner) + " NOLOGIN PASSWORD NULL;"}))
 }
-
-const mendPlace = "call it again; if it stays, a default privilege or membership was changed by hand"
 
 // loginChecks are what has to be true of a login of the place.
 func loginChecks(p *place, user string) []check {
 	login := ident.Literal(user)
-	marker, version := p.tableOID(markerTable), p.tableOID(versionTable)
 	name := ident.Literal(p.source.Schema)
+	schema, runtime, here := ident.Quote(p.source.Schema), ident.Quote(p.runtime), "; -- in database "+ident.Quote(p.source.Database)
+	from := " FROM PUBLIC, " + runtime + ", " + ident.Quote(user) + here
+	connect := "GRANT CONNECT ON DATABASE " + ident.Quote(p.source.Database) + " TO " + runtime + ";"
+	if p.isolation == IsolationSchema {
+		connect = "GRANT " + ident.Quote(tenantsRole(p.source.Database)) + " TO " + ident.Quote(user) + ";"
+	}
 	checks := []check{
-		{`has_schema_privilege(` + login + `, ` + name + `, 'USAGE')`, "the login may not use its schema", mendPlace},
-		{`NOT has_schema_privilege(` + login + `, ` + name + `, 'CREATE')`, "the login may create in its schema", mendPlace},
-		{`NOT has_schema_privilege('public', ` + name + `, 'USAGE')`, "every role may use the schema", mendPlace},
-		{`has_database_privilege(` + login + `, current_database(), 'CONNECT')`, "the login may not connect", mendPlace},
-		{`NOT has_database_privilege(` + login + `, current_database(), 'CREATE')`, "the login may create schemas", mendPlace},
-		{`NOT pg_has_role(` + login + `, ` + ident.Literal(p.owner) + `, 'MEMBER')`, "the login is a member of the owner", mendPlace},
-		{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + login, "the login has rights of the server's", mendPlace},
+		{`has_schema_privilege(` + login + `, ` + name + `, 'USAGE')`, "the login may not use its schema", "GRANT USAGE ON SCHEMA " + schema + " TO " + runtime + here},
+		{`NOT has_schema_privilege(` + login + `, ` + name + `, 'CREATE')`, "the login may create in its schema", "REVOKE CREATE ON SCHEMA " + schema + from},
+		{`NOT has_schema_privilege('public', ` + name + `, 'USAGE')`, "every role may use the schema", "REVOKE ALL ON SCHEMA " + schema + " FROM PUBLIC" + here},
+		{`has_database_privilege(` + login + `, current_database(), 'CONNECT')`, "the login may not connect", connect},
+		{`NOT has_database_privilege(` + login + `, current_database(), 'CREATE')`, "the login may create schemas", "REVOKE CREATE ON DATABASE " + ident.Quote(p.source.Database) + from},
+		{`NOT pg_has_role(` + login + `, ` + ident.Literal(p.owner) + `, 'MEMBER')`, "the login is a member of the owner", "REVOKE " + ident.Quote(p.owner) + " FROM " + ident.Quote(user) + ";"},
+		{`SELECT NOT (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls) FROM pg_roles WHERE rolname = ` + login, "the login has rights of the server's", withoutRights(user)},
 	}
 	checks = append(checks, apartChecks(p, login)...)
 	if p.isolation == IsolationShared {
 		checks = append(checks,
-			check{`NOT has_database_privilege(` + login + `, current_database(), 'TEMPORARY')`, "the login may make temporary objects", mendPlace},
-			check{`NOT has_any_column_privilege(` + login + `, ` + version + `, 'SELECT, INSERT, UPDATE')`, "the login may read or change " + versionTable, mendPlace},
-			check{`has_table_privilege(` + login + `, ` + marker + `, 'SELECT')`, "the login may not read " + markerTable, mendPlace})
+			check{`NOT has_database_privilege(` + login + `, current_database(), 'TEMPORARY')`, "the login may make temporary objects", "REVOKE TEMPORARY ON DATABASE " + ident.Quote(p.source.Database) + from},
+			check{`NOT has_any_column_privilege(` + login + `::name, ` + p.tableOID(versionTable) + `, 'SELECT, INSERT, UPDATE')`, "the login may read or change " + versionTable, "REVOKE ALL ON TABLE " + ident.Quote(p.source.Schema, versionTable) + from},
+			check{`has_table_privilege(` + login + `::name, ` + p.tableOID(markerTable) + `, 'SELECT')`, "the login may not read " + markerTable, "GRANT SELECT ON TABLE " + ident.Quote(p.source.Schema, markerTable) + " TO " + runtime + here})
 		return checks
 	}
-	for _, table := range []string{markerTable, versionTable} {
+	for _, name := range []string{markerTable, versionTable} {
+		quoted := ident.Quote(p.source.Schema, name)
+		table, grant := p.tableOID(name), "GRANT SELECT ON TABLE "+quoted+" TO "+runtime+here
 		checks = append(checks,
-			check{`has_table_privilege(` + login + `, ` + p.tableOID(table) + `, 'SELECT')`, "the login may not read " + table, mendPlace},
-			check{`NOT has_table_privilege(` + login + `, ` + p.tableOID(table) + `, 'INSERT, UPDATE, DELETE, TRUNCATE, TRIGGER, REFERENCES')`, "the login may change " + table, mendPlace})
+			check{`has_table_privilege(` + login + `::name, ` + table + `, 'SELECT')`, "the login may not read " + name, grant},
+			check{`NOT has_table_privilege(` + login + `::name, ` + table + `, 'INSERT, UPDATE, DELETE, TRUNCATE, TRIGGER, REFERENCES')`, "the login may change " + name,
+				"REVOKE ALL ON TABLE " + quoted + " FROM PUBLIC, " + runtime + ", " + ident.Quote(user) + "; " + grant})
 	}
 	return checks
 }
 
-// tableOID finds a table of the place for who may not use its schema.
-func (p *place) tableOID(table string) string {
-	return `(SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = ` + ident.Literal(p.source.Schema) + ` AND c.relname = ` + ident.Literal(table) + `)`
+// tableOID finds a table in the place's schema for who may not use that, NULL where there is none.
+func (p *place) tableOID(name string) string {
+	return `(SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = ` + ident.Literal(p.source.Schema) + ` AND c.relname = ` + ident.Literal(name) + `)`
+}
+
+// withoutRights is the statement that takes the server's rights from a role.
+func withoutRights(role string) string {
+	return "ALTER ROLE " + ident.Quote(role) + " NOSUPERUSER NOCREATEROLE NOCREATEDB NOREPLICATION NOBYPASSRLS;"
 }
 
 // inUse says which sessions a fence waits for, before it ends them all.

@@ -172,7 +172,7 @@ func TestNoSecretIsShownAnywhere(t *testing.T) {
 	for _, v := range []any{cfg, &cfg, admin, &admin, admin.Server, &admin.Server, source, &source, d, reader, keys, &keys, a,
 		tenancy.NewTenant{Name: "acme", DataSource: &source}, []tenancy.DataSource{source}, map[string]any{"source": source, "config": cfg},
 		session, &session, enter, tn, tn.Catalog(), tn.DB(), tn.Migrator(), struct{ DB *tenancy.TenantAwareDB }{tn.DB()},
-		struct{ Config tenancy.Config }{cfg}, &tenancy.SetupError{Missing: []tenancy.Finding{{What: "w", Fix: "f"}}}} {
+		struct{ Config tenancy.Config }{cfg}, &tenancy.SetupError{Missing: []tenancy.Finding{{What: "w", Mend: "f"}}}} {
 		out.show(v)
 	}
 

@@ -6,11 +6,9 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy/internal/ident"
 )
-
-// Finding is one thing that is missing, and the statement that mends it.
-type Finding struct{ What, Fix string }
 
 // SetupError lists what [Init] would have made and is missing. It matches [ErrSetup].
 type SetupError struct{ Missing []Finding }
@@ -24,7 +22,7 @@ func (e *SetupError) Error() string {
 		} else {
 			b.WriteString("\n\t")
 		}
-		b.WriteString(f.What + "; mend it with: " + f.Fix)
+		b.WriteString(f.What + "; mend it with: " + f.Mend)
 	}
 	return b.String()
 }
@@ -35,20 +33,41 @@ func (e *SetupError) Unwrap() error { return ErrSetup }
 type check struct{ sql, what, fix string }
 
 func ask(ctx context.Context, q querier, checks []check) error {
+	failed, err := failing(ctx, q, checks)
+	if err != nil || len(failed) == 0 {
+		return err
+	}
 	var e SetupError
-	for _, c := range checks {
-		var ok bool
-		if err := q.QueryRow(ctx, `SELECT coalesce((`+c.sql+`), false)`).Scan(&ok); err != nil {
-			return err
-		}
-		if !ok {
-			e.Missing = append(e.Missing, Finding{c.what, c.fix})
+	for _, c := range failed {
+		e.Missing = append(e.Missing, missing(c.what, c.fix))
+	}
+	return &e
+}
+
+// failing returns the checks whose answer is not yes.
+func failing(ctx context.Context, q querier, checks []check) (failed []check, err error) {
+	yes, err := answers(ctx, q, checks)
+	for i, c := range checks {
+		if err == nil && !yes[i] {
+			failed = append(failed, c)
 		}
 	}
-	if len(e.Missing) > 0 {
-		return &e
+	return failed, err
+}
+
+// answers asks all checks in one statement.
+func answers(ctx context.Context, q querier, checks []check) (yes []bool, err error) {
+	questions := make([]string, len(checks))
+	for i, c := range checks {
+		questions[i] = `coalesce((` + c.sql + `), false)`
 	}
-	return nil
+	err = q.QueryRow(ctx, `SELECT ARRAY[`+strings.Join(questions, ",\n")+`]::boolean[]`, pgx.QueryExecModeExec).Scan(&yes)
+	return yes, err
+}
+
+// missing is a finding of a set-up that cannot be worked with.
+func missing(what, mend string) Finding {
+	return Finding{Check: "setup", Level: LevelFailure, What: what, Why: "the library does not begin without it", Mend: mend}
 }
 
 // verify checks the primary's own privileges.
@@ -75,6 +94,23 @@ func verifyServer(ctx context.Context, servers *servers, d DataSource, extension
 		return err
 	}
 	defer closeConn(conn)
+	err = ask(ctx, conn, serverChecks(d, extensions))
+	if !databases {
+		return err
+	}
+	own := verifyDatabases(ctx, servers, conn, d, extensions)
+	var missing, more *SetupError
+	if errors.As(err, &missing) && errors.As(own, &more) {
+		return &SetupError{Missing: append(missing.Missing, more.Missing...)}
+	}
+	if err == nil {
+		err = own
+	}
+	return err
+}
+
+// serverChecks are what has to be true of the provisioner and of the tenants' database, asked there as the provisioner.
+func serverChecks(d DataSource, extensions bool) []check {
 	login, database, group := ident.Quote(d.User), ident.Quote(d.Database), tenantsRole(d.Database)
 	me := `SELECT %s FROM pg_roles WHERE rolname = current_user`
 	checks := []check{
@@ -98,20 +134,7 @@ func verifyServer(ctx context.Context, servers *servers, d DataSource, extension
 			fmt.Sprintf("the provisioner %q may not grant the role %q of all tenants", d.User, group),
 			fmt.Sprintf("GRANT %s TO %s WITH ADMIN OPTION;", ident.Quote(group), login)},
 	}
-	checks = append(checks, sharedChecks(d, group, extensions)...)
-	err = ask(ctx, conn, checks)
-	if !databases {
-		return err
-	}
-	own := verifyDatabases(ctx, servers, conn, d, extensions)
-	var missing, more *SetupError
-	if errors.As(err, &missing) && errors.As(own, &more) {
-		return &SetupError{Missing: append(missing.Missing, more.Missing...)}
-	}
-	if err == nil {
-		err = own
-	}
-	return err
+	return append(checks, sharedChecks(d, group, extensions)...)
 }
 
 // everyone stands for PUBLIC, where a role is asked about.

@@ -128,15 +128,27 @@ func InstallSchemaModel(ctx context.Context, conn *pgx.Conn, schema, owner strin
 // Verify asks the server what stands open: a table with rights and no wall, a wall that is not forced, a role that no wall stops. It is meant for
 // after each migration. The error is [ErrUnsafe] with all findings, or the server's.
 func (s Shared) Verify(ctx context.Context, conn *pgx.Conn) error {
-	rows, _ := conn.Query(ctx, holesSQL, s.Schema, s.Owner, s.Runtime)
-	holes, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	holes, err := s.Holes(ctx, conn)
 	if err != nil {
 		return fmt.Errorf("verify: %w", err)
 	}
-	if len(holes) > 0 {
-		return fmt.Errorf("%w: %s", ErrUnsafe, strings.Join(holes, "; "))
+	if len(holes) == 0 {
+		return nil
 	}
-	return nil
+	what := make([]string, len(holes))
+	for i, h := range holes {
+		what[i] = h.What
+	}
+	return fmt.Errorf("%w: %s", ErrUnsafe, strings.Join(what, "; "))
+}
+
+// Hole is one thing that stands open, and the statement that closes it.
+type Hole struct{ What, Mend string }
+
+// Holes lists what [Shared.Verify] refuses, in order. It reads the server's catalogs alone, and conn looks names up in pg_catalog first. The error is the server's.
+func (s Shared) Holes(ctx context.Context, conn *pgx.Conn) ([]Hole, error) {
+	rows, _ := conn.Query(ctx, holesSQL, s.Schema, s.Owner, s.Runtime)
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[Hole])
 }
 
 func (s Shared) makeSchema(ctx context.Context, conn *pgx.Conn) error {
