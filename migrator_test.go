@@ -283,7 +283,9 @@ func TestARunLetsGoOfEachTenantThatIsDone(t *testing.T) {
 		}
 		// What the run keeps is lost on its way to the next tenant.
 		for _, database := range []string{"primary", "tenants"} {
-			change(t, f, database, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND (application_name = 'tenancy provisioner' OR query = 'SELECT pg_advisory_unlock_all()')`)
+			until(t, 10*time.Second, "0", func() string {
+				return fmt.Sprint(ask[int](t, f, database, `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND (application_name = 'tenancy provisioner' OR query = 'SELECT pg_advisory_unlock_all()') AND pid <> pg_backend_pid()`))
+			})
 		}
 	}})
 	if err != nil || done[1].Version != 2 {

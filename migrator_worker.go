@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/msmt-go/tenancy/internal/budget"
 )
 
 // worker is what one of a run's workers keeps from one tenant to the next: a session for the tenants' locks, and one of a server's provisioner. It holds neither while it waits for
@@ -28,17 +27,22 @@ func (w *worker) lockTenant(ctx context.Context, p *primaryDB, id ID) (held cont
 	if err != nil {
 		return nil, nil, err
 	}
-	if !usable(w.locks) {
+	kept := w.locks != nil && !w.locks.IsClosed()
+	if !kept {
 		w.closeLocks()
 		if w.locks, err = pgx.ConnectConfig(ctx, p.direct); err != nil {
 			done()
 			return nil, nil, unavailable("lock", err)
 		}
 	}
-	return p.holdOn(ctx, w.locks, id, takeTenant, id, func() {
+	held, release, err = p.holdOn(ctx, w.locks, id, takeTenant, id, func() {
 		w.unlock()
 		done()
 	})
+	if err != nil && kept && w.locks == nil && ctx.Err() == nil { // it had ended since the tenant before, and nothing was locked
+		return w.lockTenant(ctx, p, id)
+	}
+	return held, release, err
 }
 
 // turn is a place among the verbs.
@@ -68,7 +72,7 @@ func (w *worker) provisionerOf(ctx context.Context, p *place) (conn *pgx.Conn, d
 		}
 		return conn, func() { closeConn(conn) }, nil
 	}
-	if w.server != p.server || !usable(w.provisioner) {
+	if w.server != p.server || w.provisioner == nil || w.provisioner.Ping(ctx) != nil {
 		w.closeProvisioner()
 		if w.provisioner, err = p.provisionerConn(ctx); err != nil {
 			return nil, nil, err
@@ -76,15 +80,6 @@ func (w *worker) provisionerOf(ctx context.Context, p *place) (conn *pgx.Conn, d
 		w.server = p.server
 	}
 	return w.provisioner, func() {}, nil
-}
-
-// usable says whether the session is there, as far as can be seen without asking its server.
-func usable(conn *pgx.Conn) bool {
-	if conn == nil || conn.IsClosed() {
-		return false
-	}
-	c := budget.Of(conn.PgConn().Conn())
-	return c == nil || !c.Stirs()
 }
 
 func (w *worker) closeLocks() {
