@@ -59,7 +59,7 @@ one tenant. With --json there is a line for each tenant that was compared.`}
 			}
 		}
 		if !a.json {
-			if _, err := fmt.Fprintf(a.out, "%d tenants: %d differ, %d could not be compared\n", len(list), differ, failed); err != nil {
+			if _, err := fmt.Fprintf(a.out, "%s: %d differ, %d could not be compared\n", tenants(len(list)), differ, failed); err != nil {
 				return err
 			}
 		}

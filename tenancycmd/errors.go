@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/msmt-go/tenancy"
 	"github.com/spf13/cobra"
@@ -70,6 +71,9 @@ func unknown(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return usage(cmd, "say what: %s", strings.Join(names, ", "))
 	}
+	if !cmd.HasParent() {
+		return usage(cmd, "no command %q", args[0])
+	}
 	return usage(cmd, "no command %q here, there are %s", args[0], strings.Join(names, ", "))
 }
 
@@ -101,7 +105,11 @@ func ExitCode(err error) int {
 
 // stopped puts the reason of an end from outside before what it led to.
 func stopped(ctx context.Context, err error) error {
-	if cause := context.Cause(ctx); err != nil && (errors.Is(cause, errInterrupted) || errors.Is(cause, errTimeout)) {
+	cause := context.Cause(ctx)
+	if end, bounded := ctx.Deadline(); bounded && cause == nil && !time.Now().Before(end) {
+		cause = errTimeout // a dialer's clock was first
+	}
+	if err != nil && (errors.Is(cause, errInterrupted) || errors.Is(cause, errTimeout)) {
 		return fmt.Errorf("%w: %w", cause, err)
 	}
 	return err
@@ -109,7 +117,7 @@ func stopped(ctx context.Context, err error) error {
 
 // printError writes the error as one line, with what to do where the library cannot know it.
 func printError(w io.Writer, name string, err error) {
-	text := strings.TrimPrefix(err.Error(), "tenancy: ")
+	text := strings.ReplaceAll(text(err), ": tenancy: ", ": ")
 	for _, h := range []struct {
 		of   error
 		hint string

@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/msmt-go/tenancy"
 	"github.com/spf13/cobra"
 )
@@ -133,7 +134,7 @@ func (s *session) each(ctx context.Context, list []tenancy.Tenant, parallel int,
 	case failures > 0 && named:
 		return coded{errSome, fmt.Errorf("%d of %d tenants failed, the first with: %w", failures, len(list), first)}
 	case failures > 0:
-		return coded{errSome, first}
+		return coded{errSome, about(list[0].Name, first)}
 	}
 	return nil
 }
@@ -165,6 +166,9 @@ func (s *session) query(ctx context.Context, sql string, bare bool) (results []r
 // simple sends the SQL as psql does, so that it may be several statements, and their values come as text.
 func simple(ctx context.Context, conn *pgx.Conn, sql string) (results []resultJSON, err error) {
 	reader := conn.PgConn().Exec(ctx, sql)
+	// A COPY FROM STDIN would wait for rows for ever; where there is none the server passes over this.
+	conn.PgConn().Frontend().Send(&pgproto3.CopyFail{Message: "exec has no rows to send: use psql"})
+	_ = conn.PgConn().Frontend().Flush() // a broken connection is met when it is read
 	for reader.NextResult() {
 		rows := reader.ResultReader()
 		var one resultJSON

@@ -195,7 +195,7 @@ func (s *session) ranText(v runJSON) error {
 	if v.NotBegun > 0 {
 		parts = append(parts, fmt.Sprintf("%d were not begun", v.NotBegun))
 	}
-	_, err := fmt.Fprintf(s.out, "%d tenants: %s\n", len(v.Tenants), strings.Join(parts, ", "))
+	_, err := fmt.Fprintf(s.out, "%s: %s\n", tenants(len(v.Tenants)), strings.Join(parts, ", "))
 	return err
 }
 

@@ -62,6 +62,14 @@ func (s *screen) swap(w io.Writer) (before io.Writer) {
 	return before
 }
 
+// tenants is a number of them in words.
+func tenants(n int) string {
+	if n == 1 {
+		return "1 tenant"
+	}
+	return strconv.Itoa(n) + " tenants"
+}
+
 func (s *screen) printf(format string, args ...any) { _, _ = fmt.Fprintf(s, format, args...) }
 
 // print writes v as one JSON document with --json, and the text otherwise.
@@ -119,11 +127,13 @@ func (t *table) row(cells ...string) {
 
 func (t *table) end() error { return t.w.Flush() }
 
-// facts writes names and values below each other.
+// facts writes names and values below each other, without those that are empty.
 func facts(w io.Writer, pairs ...string) error {
 	t := newTable(w)
 	for i := 0; i+1 < len(pairs); i += 2 {
-		t.row(pairs[i], pairs[i+1])
+		if pairs[i+1] != "" {
+			t.row(pairs[i], pairs[i+1])
+		}
 	}
 	return t.end()
 }

@@ -13,6 +13,7 @@ package tenancycmd
 
 import (
 	"context"
+	"errors"
 	"io"
 	"io/fs"
 	"os"
@@ -64,6 +65,7 @@ func Main(o Options) {
 	a := newApp(o)
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a reader that has left is an error of a write, and the node leaves in order
 	go func() {
 		for n := 0; ; {
 			s := <-signals
@@ -91,7 +93,7 @@ func (a *app) run(ctx context.Context, args []string, stdin io.Reader, stdout, s
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	err := root.ExecuteContext(ctx)
-	if err != nil {
+	if err != nil && !errors.Is(err, syscall.EPIPE) {
 		printError(stderr, root.Name(), err)
 	}
 	return ExitCode(err)
