@@ -67,15 +67,16 @@ func Main(o Options) {
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a reader that has left is an error of a write, and the node leaves in order
 	go func() {
-		for n := 0; ; {
-			s := <-signals
-			if a.lent.Load() && s == os.Interrupt {
-				continue
-			}
-			if n++; n == 2 {
+		var first time.Time
+		for s := range signals {
+			switch {
+			case a.lent.Load() && s == os.Interrupt:
+			case first.IsZero():
+				first = time.Now()
+				cancel(errInterrupted)
+			case time.Since(first) > time.Second/2: // timeout(1) sends one signal twice
 				os.Exit(exitInterrupted)
 			}
-			cancel(errInterrupted)
 		}
 	}()
 	os.Exit(a.run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
