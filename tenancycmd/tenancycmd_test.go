@@ -211,7 +211,14 @@ func TestALifeOfATenant(t *testing.T) {
 		tenancycmd.OnATerminal(t)
 		l.stdin = strings.NewReader("globex\n")
 		l.has("nothing was done", 2, "purge", "acme-two")
-		l.stdin = strings.NewReader("acme-two\n")
+		l.stdin = io.MultiReader(readerFunc(func([]byte) (int, error) {
+			var nodes, named int // a command is one, and takes no callers
+			err := l.fleet.Admin(t, "primary").QueryRow(t.Context(), "SELECT count(*), count(*) FILTER (WHERE address <> '') FROM tenancy.nodes").Scan(&nodes, &named)
+			if err != nil || nodes != 1 || named != 0 {
+				t.Errorf("%d nodes, %d of them with an address, %v", nodes, named, err)
+			}
+			return 0, io.EOF
+		}), strings.NewReader("acme-two\n"))
 		l.has("is purged", 0, "purge", "acme-two")
 		l.stdin = nil
 		l.has("give -o FILE", 2, "export", "globex")
@@ -421,6 +428,10 @@ func TestWrongCommandsSayWhatIsWrong(t *testing.T) {
 	t.Setenv("TENANCY_PRIMARY_URL", "")
 	l.has("TENANCY_PRIMARY_URL is not set", 2, "list")
 }
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
 func TestControlCharactersAreShown(t *testing.T) {
 	for in, want := range map[string]string{"plain, ümläut": "plain, ümläut", "\x1b[31m": `\x1b[31m`, "a\u009bb": `a\u009bb`, "a\u202eb": `a\u202eb`, "a\xffb": `a\xffb`, "a\tb\n": `a\tb\n`, "\ufffd": `\ufffd`} {
