@@ -83,7 +83,7 @@ func (l *line) runIn(ctx context.Context, code int, args ...string) (stdout, std
 	if got != 0 && strings.Count(err.String(), "\n") == 0 {
 		l.t.Errorf("%q ended with %d and says nothing", args, got)
 	}
-	if strings.Contains(err.String(), "Usage:") {
+	if strings.Contains(out.String()+err.String(), "Usage:") {
 		l.t.Errorf("%q answers a failure with the usage:\n%s", args, err.String())
 	}
 	return out.String(), err.String()
@@ -176,9 +176,13 @@ func TestALifeOfATenant(t *testing.T) {
 		got[1].Results[0].Rows[0][0] != nil || *got[1].Results[1].Rows[0][0] != "-1" {
 		t.Errorf("exec --all printed %+v", got)
 	}
+	if out, _ := l.run(0, "exec", "acme", "--json", `SELECT E'\u009b31m'`); strings.Contains(out, "\u009b") || !strings.Contains(out, `\u009b31m`) {
+		t.Errorf("exec --json printed %q", out)
+	}
 	l.run(3, "exec", "acme", "DELETE FROM notes; SELECT 1/0")
 	l.has("2", 0, "exec", "acme", "SELECT count(*) FROM notes") // the statement before the one that failed was rolled back
 	l.has("use psql", 3, "exec", "acme", "COPY notes (title) FROM STDIN", "--timeout", "30s")
+	l.has("transaction block", 3, "exec", "acme", "VACUUM notes")
 	l.has("VACUUM", 0, "exec", "acme", "--no-transaction", "VACUUM notes")
 	l.stdin = strings.NewReader("SELECT 'from stdin'")
 	l.has("from stdin", 0, "exec", "acme")
