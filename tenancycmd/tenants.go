@@ -333,7 +333,7 @@ func (a *app) purgeCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		v := purged{ID: r.Tenant, UID: r.UID.String(), Name: r.Name, Tables: r.Tables, Roles: r.Roles, Databases: r.Databases, Members: r.Members, Rows: []rowsJSON{}}
+		v := purged{ID: r.Tenant, UID: r.UID.String(), Name: r.Name, Tables: r.Tables, Roles: append([]string{}, r.Roles...), Databases: append([]string{}, r.Databases...), Members: r.Members, Rows: []rowsJSON{}}
 		for _, e := range r.Rows {
 			v.Rows = append(v.Rows, rowsJSON(e))
 		}
