@@ -42,8 +42,10 @@ func TestTheLoginOfATenantIsGivenOutAndReachesItsOwnRowsAlone(t *testing.T) {
 		t.Errorf("the audit trail has %d log-ins, %v", n, err)
 	}
 	for want, change := range map[error]func() error{
-		tenancy.ErrTenantSuspended:   func() error { return tn.Catalog().Suspend(t.Context(), acme.ID, tenancy.Suspension{Drain: 1}) },
-		tenancy.ErrTenantMaintenance: func() error { return tn.Catalog().Suspend(t.Context(), acme.ID, tenancy.Suspension{Maintenance: true, Drain: 1}) },
+		tenancy.ErrTenantSuspended: func() error { return tn.Catalog().Suspend(t.Context(), acme.ID, tenancy.Suspension{Drain: 1}) },
+		tenancy.ErrTenantMaintenance: func() error {
+			return tn.Catalog().Suspend(t.Context(), acme.ID, tenancy.Suspension{Maintenance: true, Drain: 1})
+		},
 	} {
 		if err := change(); err != nil {
 			t.Fatal(err)
