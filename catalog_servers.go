@@ -99,6 +99,30 @@ func (c *Catalog) AddServer(ctx context.Context, s ServerConfig) error {
 	return nil
 }
 
+// Server is a registered server, as the primary has it.
+type Server struct {
+	Name        string
+	Address     string // host:port/database
+	Weight      int    // as in [ServerConfig]
+	Capacity    int
+	Places      int // of tenants, those included that are prepared, being made, or left and not dropped
+	Pooler      string
+	Provisioner bool // its login is known
+}
+
+// Servers returns the registered servers, the oldest first. The error is [ErrPrimaryUnavailable].
+func (c *Catalog) Servers(ctx context.Context) ([]Server, error) {
+	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT s.name, s.host, s.port, s.database, s.weight, s.capacity, s.pooler, s.provisioner IS NOT NULL,
+		(SELECT count(*) FROM tenancy.data_sources d WHERE d.server = s.id AND d.state <> 'dropped') FROM tenancy.servers s ORDER BY s.id`)
+	list, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (s Server, err error) {
+		var d DataSource
+		err = row.Scan(&s.Name, &d.Host, &d.Port, &d.Database, &s.Weight, &s.Capacity, &s.Pooler, &s.Provisioner, &s.Places)
+		s.Address = d.Address()
+		return s, err
+	})
+	return list, unavailable("read servers", err)
+}
+
 // sameProvisioner refuses another provisioner for a server that has one: the roles of the tenants there belong to the first.
 func (p *primaryDB) sameProvisioner(ctx context.Context, d DataSource) error {
 	var sealed []byte

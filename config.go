@@ -191,7 +191,7 @@ type Limits struct {
 }
 
 // FromEnv returns a Config made of TENANCY_PRIMARY_URL, TENANCY_LISTEN_URL, TENANCY_HOST_URL,
-// TENANCY_KEYS, TENANCY_ISOLATION, TENANCY_DENSE (true or false), TENANCY_VALIDITY_CRON, TENANCY_SINGLE_TENANT, TENANCY_NODE_ADDRESS, TENANCY_SERVER_CONNS and TENANCY_NODES (numbers), and of
+// TENANCY_KEYS, TENANCY_ISOLATION, TENANCY_DENSE, TENANCY_EXTENSIONS and TENANCY_REFERENCE_TABLES (true or false), TENANCY_VALIDITY_CRON, TENANCY_SINGLE_TENANT, TENANCY_NODE_ADDRESS, TENANCY_SERVER_CONNS and TENANCY_NODES (numbers), and of
 // TENANCY_HOST_MANAGERS and TENANCY_ONLY_TENANTS (both comma separated). Variables that are not set
 // leave the default. An error names the variable, never its value.
 func FromEnv() (Config, error) {
@@ -217,6 +217,12 @@ func FromEnv() (Config, error) {
 		c.HostManagers = append(c.HostManagers, UserKey(m))
 	}
 	if c.Dense, err = boolFrom("TENANCY_DENSE"); err != nil {
+		return Config{}, err
+	}
+	if c.Extensions, err = boolFrom("TENANCY_EXTENSIONS"); err != nil {
+		return Config{}, err
+	}
+	if c.ReferenceTables, err = boolFrom("TENANCY_REFERENCE_TABLES"); err != nil {
 		return Config{}, err
 	}
 	return c, errors.Join(numberFrom("TENANCY_SERVER_CONNS", &c.Limits.ServerConns), numberFrom("TENANCY_NODES", &c.Limits.Nodes))

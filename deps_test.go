@@ -22,6 +22,8 @@ var floors = map[string][]string{
 	"internal/":   {"internal/"},
 	"middleware":  {""},
 	"tenancytest": {"", "internal/pgembed"},
+	"tenancycmd":  {""},
+	"cmd/":        {"tenancycmd"},
 	"examples/":   {"", "middleware", "tenancytest", "internal/pgembed", "examples/internal/demo"},
 }
 
@@ -36,6 +38,9 @@ var homes = map[string][]string{
 	"github.com/jackc/pgx":            nil, // everywhere
 	"github.com/jackc/puddle":         {"errors.go"},
 	"github.com/sony/gobreaker":       {"breaker.go"},
+	"github.com/spf13/cobra":          {"tenancycmd/"},
+	"github.com/vbauerster/mpb":       {"tenancycmd/progress.go"},
+	"golang.org/x/term":               {"tenancycmd/output.go"},
 }
 
 func TestImportsGoDownTheFloors(t *testing.T) {
@@ -91,7 +96,7 @@ func allowed(list []string, name string) bool {
 }
 
 func floor(dir string) string {
-	for _, f := range []string{"internal/", "examples/"} {
+	for _, f := range []string{"internal/", "examples/", "cmd/"} {
 		if strings.HasPrefix(dir+"/", f) {
 			return f
 		}
