@@ -61,7 +61,16 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 		}
 		dropped = append(dropped, at.id)
 	}
-	err = c.write(ctx, "purge", id, func(tx pgx.Tx) error {
+	if err := c.entomb(ctx, "purge", dropped, &r); err != nil {
+		return Receipt{}, err
+	}
+	return r, nil
+}
+
+// entomb leaves a tombstone of a deleted tenant, whose places are gone.
+func (c *Catalog) entomb(ctx context.Context, op string, places []int64, r *Receipt) error {
+	id := r.Tenant
+	return c.write(ctx, op, id, func(tx pgx.Tx) error {
 		if state, err := lockRow(ctx, tx, id); err != nil {
 			return err
 		} else if state != StateDeleted {
@@ -81,7 +90,10 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'purged', display_name = '', attributes = '{}', message = '', updated = now() WHERE id = $1`, id); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET `+placeGone+` WHERE id = ANY($1)`, dropped); err != nil {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET `+placeGone+` WHERE id = ANY($1)`, places); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `DELETE FROM tenancy.adoptions WHERE data_source = ANY($1)`, places); err != nil {
 			return err
 		}
 		// What is kept of a purged tenant names none of its members.
@@ -91,7 +103,7 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.changes SET key = NULL WHERE tenant = $1 AND kind = 'member'`, id); err != nil {
 			return err
 		}
-		if err := audit(ctx, tx, "purge", id, map[string]any{"tables": r.Tables, "databases": len(r.Databases), "rows": r.Rows, "members": r.Members}); err != nil {
+		if err := audit(ctx, tx, op, id, map[string]any{"tables": r.Tables, "databases": len(r.Databases), "rows": r.Rows, "members": r.Members}); err != nil {
 			return err
 		}
 		if len(users) > 0 { // without a key: every node forgets all users' look-ups
@@ -106,10 +118,6 @@ func (c *Catalog) Purge(ctx context.Context, id ID, name string) (Receipt, error
 		}
 		return changed(ctx, tx, "tenant", id, "")
 	})
-	if err != nil {
-		return Receipt{}, err
-	}
-	return r, nil
 }
 
 // dropPlace drops the schema, or the database that it is in, then what its roles own elsewhere, then the roles. In a shared schema it deletes
