@@ -44,15 +44,16 @@ type grant struct {
 
 const notOfExtension = `NOT EXISTS (SELECT FROM pg_depend e WHERE e.classid = %[1]s AND e.objid = %[2]s AND e.refclassid = 'pg_extension'::regclass AND e.deptype = 'e')`
 
-// objectsSQL are the objects in schema $1 that have an owner, apart from those of extensions. What depends on the schema by itself is all that can be named in it.
+// objectsSQL are the objects in schema $1 that have an owner, apart from those of extensions and what a range type brings along. What depends on the schema by itself is all that can be named in it.
 var objectsSQL = `SELECT i.type AS kind, i.identity, coalesce(pg_get_userbyid(o.refobjid), '') AS owner,
 		d.classid = 'pg_class'::regclass AND EXISTS (SELECT FROM pg_depend s WHERE s.classid = d.classid AND s.objid = d.objid AND s.refclassid = d.classid
 			AND s.refobjsubid > 0 AND s.deptype IN ('a', 'i')) AND i.type = 'sequence' AS linked
 	FROM pg_depend d CROSS JOIN LATERAL pg_identify_object(d.classid, d.objid, 0) i
 	LEFT JOIN pg_shdepend o ON o.dbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND o.classid = d.classid AND o.objid = d.objid AND o.objsubid = 0
 		AND o.refclassid = 'pg_authid'::regclass AND o.deptype = 'o'
-	WHERE d.refclassid = 'pg_namespace'::regclass AND d.refobjid = (SELECT oid FROM pg_namespace WHERE nspname = $1) AND d.deptype = 'n' AND ` + fmt.Sprintf(notOfExtension, "d.classid", "d.objid") + `
+	WHERE d.classid <> 'pg_extension'::regclass AND d.refclassid = 'pg_namespace'::regclass AND d.refobjid = (SELECT oid FROM pg_namespace WHERE nspname = $1) AND d.deptype = 'n' AND ` + fmt.Sprintf(notOfExtension, "d.classid", "d.objid") + `
 		AND NOT (d.classid = 'pg_type'::regclass AND EXISTS (SELECT FROM pg_type m WHERE m.oid = d.objid AND m.typtype = 'm'))
+		AND NOT (d.classid = 'pg_proc'::regclass AND EXISTS (SELECT FROM pg_depend r WHERE r.classid = d.classid AND r.objid = d.objid AND r.refclassid = 'pg_type'::regclass AND r.deptype = 'i'))
 	ORDER BY d.classid, d.objid`
 
 // grantsSQL are the rights in schema $1, and on it, of those who do not own what they are on.
@@ -138,24 +139,23 @@ func (f *found) takeOver(p *place) []AdoptionStep {
 		steps = append(steps, AdoptionStep{What: "Begin."})
 	}
 	own := AdoptionStep{What: "The schema and all that is in it belong to {owner}.", SQL: []string{"ALTER SCHEMA " + was + " OWNER TO " + owner}}
-	types := []string{}
+	usable := []string{}
 	for _, o := range f.objects {
 		if !o.Linked {
 			own.SQL = append(own.SQL, "ALTER "+o.Kind+" "+o.Identity+" OWNER TO "+owner)
 		}
-		if o.Kind == "TYPE" {
-			types = append(types, o.Identity)
+		switch o.Kind {
+		case "TYPE":
+			usable = append(usable, "GRANT USAGE ON TYPE "+o.Identity+" TO "+runtime)
+		case "ROUTINE":
+			usable = append(usable, "GRANT EXECUTE ON ROUTINE "+o.Identity+" TO "+runtime)
 		}
 	}
 	version := ident.Quote(f.from.schema, versionTable)
 	rights := AdoptionStep{What: "The rights of all others end, and {runtime} has those that it has in every tenant's schema.", SQL: append(revocations(f.grants),
 		"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "+was+" TO "+runtime,
-		"GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA "+was+" TO "+runtime,
-		"GRANT EXECUTE ON ALL ROUTINES IN SCHEMA "+was+" TO "+runtime)}
-	for _, name := range types {
-		rights.SQL = append(rights.SQL, "GRANT USAGE ON TYPE "+name+" TO "+runtime)
-	}
-	rights.SQL = append(rights.SQL, "REVOKE ALL ON TABLE "+version+" FROM "+runtime, "GRANT SELECT ON TABLE "+version+" TO "+runtime)
+		"GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA "+was+" TO "+runtime)}
+	rights.SQL = append(append(rights.SQL, usable...), "REVOKE ALL ON TABLE "+version+" FROM "+runtime, "GRANT SELECT ON TABLE "+version+" TO "+runtime)
 	for _, o := range f.objects {
 		if o.Linked && (o.Identity == f.from.schema+"."+versionTable+"_id_seq") {
 			rights.SQL = append(rights.SQL, "REVOKE ALL ON SEQUENCE "+o.Identity+" FROM "+runtime)
@@ -233,7 +233,8 @@ func (c *Catalog) survey(ctx context.Context, q querier, p *place, major int) (f
 			FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE n.nspname = $1 AND extrelocatable AND NOT (pg_has_role(current_user, extowner, 'USAGE') AND NOT EXISTS (
 				SELECT FROM pg_depend d LEFT JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid LEFT JOIN pg_type t ON d.classid = 'pg_type'::regclass AND t.oid = d.objid
 					LEFT JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid LEFT JOIN pg_operator o ON d.classid = 'pg_operator'::regclass AND o.oid = d.objid
-				WHERE d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e' AND NOT pg_has_role(current_user, coalesce(proowner, typowner, relowner, oprowner, extowner), 'USAGE')))
+					LEFT JOIN pg_opclass oc ON d.classid = 'pg_opclass'::regclass AND oc.oid = d.objid LEFT JOIN pg_opfamily f ON d.classid = 'pg_opfamily'::regclass AND f.oid = d.objid
+				WHERE d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e' AND NOT pg_has_role(current_user, coalesce(proowner, typowner, relowner, oprowner, opcowner, opfowner, extowner), 'USAGE')))
 			ORDER BY extname`, []any{schema, login}},
 		{`SELECT format('the schema has extensions (%s), and Config.Extensions is off', string_agg(extname, ', ' ORDER BY extname)), 'set Config.Extensions, and name them in AdminConfig.Extensions'
 			FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE n.nspname = $1 AND NOT $2 HAVING count(*) > 0`, []any{schema, c.tn.cfg.Extensions}},
