@@ -436,9 +436,9 @@ func TestWhatStandsInTheWayOfAnAdoptionIsFound(t *testing.T) {
 				`event trigger spy`, ""},
 			{"CREATE PUBLICATION away FOR TABLE public.orders", `publication away`, ""},
 			{"CREATE SCHEMA other1; CREATE VIEW other1.v AS SELECT * FROM public.orders", `view other1.v depends on`, "DROP SCHEMA other1 CASCADE"},
-			{"CREATE SCHEMA other2; CREATE TABLE other2.t (id bigint REFERENCES public.customers)", `depends on`, "DROP SCHEMA other2 CASCADE"},
-			{"CREATE SCHEMA other3; CREATE TABLE other3.t (id int PRIMARY KEY); ALTER TABLE public.orders ADD CONSTRAINT out FOREIGN KEY (id) REFERENCES other3.t NOT VALID", `depends on`, "ALTER TABLE public.orders DROP CONSTRAINT out; DROP SCHEMA other3 CASCADE"},
-			{"CREATE SCHEMA other4; CREATE TABLE other4.t (m public.mood)", `depends on type`, "DROP SCHEMA other4 CASCADE"},
+			{"CREATE SCHEMA other2; CREATE TABLE other2.t (id bigint REFERENCES public.customers)", `constraint t_id_fkey on table other2.t depends on`, "DROP SCHEMA other2 CASCADE"},
+			{"CREATE SCHEMA other3; CREATE TABLE other3.t (id int PRIMARY KEY); ALTER TABLE public.orders ADD CONSTRAINT out FOREIGN KEY (id) REFERENCES other3.t NOT VALID", `on table public.orders depends on`, "ALTER TABLE public.orders DROP CONSTRAINT out; DROP SCHEMA other3 CASCADE"},
+			{"CREATE SCHEMA other4; CREATE TABLE other4.t (m public.mood)", `table other4.t depends on type public.mood`, "DROP SCHEMA other4 CASCADE"},
 			{"INSERT INTO public.goose_db_version (version_id, is_applied) VALUES (77, true)", `version 77, which is not among`, "DELETE FROM public.goose_db_version WHERE version_id = 77"},
 			{"DELETE FROM public.goose_db_version WHERE version_id = 1", `has not version 1`, "INSERT INTO public.goose_db_version (version_id, is_applied) VALUES (1, true)"},
 			{"GRANT " + s.database() + "_tenants TO " + app, `may connect as a member of`, ""},
@@ -546,7 +546,7 @@ func TestAnAdoptionIsFinishedWhereverItDied(t *testing.T) {
 	s := newOldService(t, 3)
 	tn := s.open(t, later)
 	before := s.dump(t)
-	rounds := 5
+	rounds := 3
 	if os.Getenv("TENANCY_LONG") == "1" {
 		rounds = 60
 	}
@@ -599,24 +599,39 @@ func TestAnAdoptionThatStopsHalfWayGoesEitherWay(t *testing.T) {
 	before := s.dump(t)
 	tn := s.open(t, "SELECT 1 / count(*) FROM customers WHERE name = 'Cid';\n")
 
-	must(t, s.admin, "BEGIN")
-	must(t, s.admin, "LOCK TABLE public.orders IN ACCESS SHARE MODE") // of somebody who is no customer's
+	// adopt has it wait for the lock of somebody who is no customer's, and runs meanwhile.
+	adopt := func(ctx context.Context, meanwhile func(other *pgx.Conn)) error {
+		must(t, s.admin, "BEGIN")
+		must(t, s.admin, "LOCK TABLE public.orders IN ACCESS SHARE MODE")
+		other := s.Admin(t, "tenants")
+		failed := make(chan error, 1)
+		go func() {
+			_, err := tn.Catalog().Adopt(ctx, s.adoption("acme"))
+			failed <- err
+		}()
+		untilTrue(t, "the adoption waits for the lock", func() bool {
+			return scan[bool](t, other, `SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'tenancy provisioner' AND wait_event_type = 'Lock'`)
+		})
+		meanwhile(other)
+		return <-failed
+	}
 	ctx, cancel := context.WithCancel(t.Context())
-	go func() {
-		watcher := s.Admin(t, "tenants")
-		for ctx.Err() == nil {
-			var waits bool
-			_ = watcher.QueryRow(ctx, `SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'tenancy provisioner' AND wait_event_type = 'Lock'`).Scan(&waits)
-			if waits {
-				cancel()
-			}
-		}
-	}()
-	_, err := tn.Catalog().Adopt(ctx, s.adoption("acme"))
+	err := adopt(ctx, func(*pgx.Conn) { cancel() })
 	if err == nil {
 		t.Fatal("it was adopted under a lock")
 	}
 	must(t, s.admin, "ROLLBACK")
+	for _, sneaked := range []struct{ make, want string }{
+		{"CREATE TABLE public.sneaked (id int)", "something in the schema belongs to others"},
+		{"CREATE TABLE public.sneaked (id int); ALTER TABLE public.sneaked OWNER TO " + pgx.Identifier{s.login}.Sanitize() + "; GRANT SELECT ON public.log_2026 TO pg_monitor", "somebody has rights in the schema"},
+	} {
+		err = adopt(t.Context(), func(other *pgx.Conn) {
+			must(t, other, sneaked.make)
+			must(t, s.admin, "ROLLBACK")
+		})
+		wantError(t, err, tenancy.ErrSetup, "nothing was changed")
+		must(t, s.admin, "DROP TABLE public.sneaked; REVOKE ALL ON public.log_2026 FROM pg_monitor")
+	}
 	wantSame(t, "before the commit", before, s.dump(t))
 	old, err := s.tryLogin(t)
 	if err != nil {
@@ -649,8 +664,100 @@ func TestAnAdoptionThatStopsHalfWayGoesEitherWay(t *testing.T) {
 		t.Fatal("the migration does not fail")
 	}
 	acme = mustTenant(t, tn, "acme-2")
+	// Somebody took it back by hand, and not all of it: nothing is dropped.
+	schema := placeOf(t, s.Fleet, acme.ID).Schema
+	must(t, s.admin, "ALTER SCHEMA "+schema+" RENAME TO by_hand")
+	if err := tn.Catalog().Unadopt(t.Context(), acme.ID); err == nil || !strings.Contains(err.Error(), "objects still") {
+		t.Errorf("taken back by hand: %v", err)
+	}
+	if n := scan[int](t, s.admin, `SELECT count(*) FROM by_hand.orders`); n != 3 {
+		t.Errorf("%d orders", n)
+	}
+	must(t, s.admin, "ALTER SCHEMA by_hand RENAME TO "+schema)
+	wantError(t, tn.Catalog().Restore(t.Context(), acme.ID), tenancy.ErrTenantNotReady)
 	must(t, s.admin, "INSERT INTO "+placeOf(t, s.Fleet, acme.ID).table("customers")+" (name, digest) VALUES ('Cid', '')")
 	if acme, err = tn.Catalog().Adopt(t.Context(), s.adoption("acme-2")); err != nil || acme.State != tenancy.StateActive {
 		t.Fatalf("again: %s, %v", acme.State, err)
 	}
+}
+
+// TestTheAdoptionDocumentIsTrue does what docs/adoption.md says, with a database that the service's login owns, and compares the plan.
+func TestTheAdoptionDocumentIsTrue(t *testing.T) {
+	t.Parallel()
+	blocks := map[string]string{}
+	for _, b := range blocksOf(t, "docs/adoption.md") {
+		blocks[b.lang] += b.text
+	}
+	f := tenancytest.NewFleet(t)
+	admin := f.Admin(t, "tenants")
+	database := admin.Config().Database
+	prefix := strings.TrimSuffix(database, "_tenants")
+	s := &oldService{Fleet: f, admin: admin, login: prefix + "_app", password: "secret"}
+	names := strings.NewReplacer("shop_provisioner", prefix+"_provisioner", "shop_tenants", database+"_tenants", "app", s.login, "shop", database)
+	back := strings.NewReplacer(prefix+"_provisioner", "shop_provisioner", database+"_tenants", "shop_tenants", s.login, "app", database, "shop")
+	must(t, admin, "CREATE ROLE "+s.login+" LOGIN PASSWORD 'secret'")
+	must(t, admin, "ALTER DATABASE "+database+" OWNER TO "+s.login)
+	conn, err := s.tryLogin(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	must(t, conn, `CREATE TABLE notes (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, title text NOT NULL);
+		INSERT INTO notes (title) VALUES ('the first'), ('the second');
+		CREATE TABLE goose_db_version (id integer PRIMARY KEY GENERATED BY DEFAULT AS IDENTITY, version_id bigint NOT NULL, is_applied boolean NOT NULL, tstamp timestamp NOT NULL DEFAULT now());
+		INSERT INTO goose_db_version (version_id, is_applied) VALUES (0, true), (1, true)`)
+	_ = conn.Close(t.Context())
+	before, after, found := strings.Cut(blocks["sql"], "-- tenancy.Init\n")
+	if !found {
+		t.Fatal("docs/adoption.md does not say what comes before tenancy.Init, and what after")
+	}
+	before = strings.ReplaceAll(names.Replace(before), "OWNER TO postgres", "OWNER TO "+pgx.Identifier{admin.Config().User}.Sanitize())
+	must(t, admin, before)
+	works := func(when string) {
+		t.Helper()
+		conn, err := s.tryLogin(t)
+		if err != nil {
+			t.Fatalf("%s: the service cannot connect: %v", when, err)
+		}
+		must(t, conn, "INSERT INTO notes (title) VALUES ('"+when+"')")
+		must(t, conn, "CREATE TABLE made (); DROP TABLE made")
+		_ = conn.Close(t.Context())
+	}
+	works("before")
+	if err := tenancy.Init(t.Context(), f.AdminConfig()); err != nil {
+		t.Fatal(err)
+	}
+	works("after")
+	tn := f.Open(t, tenancy.Config{Isolation: tenancy.IsolationSchema, Migrations: fstest.MapFS{
+		"00001_notes.sql": &fstest.MapFile{Data: []byte("-- +goose Up\nCREATE TABLE notes (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, title text NOT NULL);\n")},
+		"00002_done.sql":  &fstest.MapFile{Data: []byte("-- +goose Up\nALTER TABLE notes ADD COLUMN done boolean NOT NULL DEFAULT false;\n")},
+	}})
+	a := tenancy.Adoption{Name: "acme", Login: s.login}
+	plan, err := tn.Catalog().PlanAdoption(t.Context(), a)
+	if err != nil || len(plan.Obstacles) != 1 || !strings.Contains(plan.Obstacles[0].What, "may not act") {
+		t.Fatalf("before the grant: %v\n%s", err, plan)
+	}
+	grant, clean, _ := strings.Cut(after, "-- after Catalog.ConfirmAdoption\n")
+	if scan[int](t, admin, `SELECT current_setting('server_version_num')::int`) < 160000 {
+		grant, _, _ = strings.Cut(grant, " WITH ADMIN")
+	}
+	must(t, admin, names.Replace(grant))
+	works("granted")
+	if plan, err = tn.Catalog().PlanAdoption(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.ReplaceAll(back.Replace(plan.String()), "\t", "    "); got != strings.ReplaceAll(blocks["text"], "\t", "    ") {
+		t.Errorf("docs/adoption.md shows another plan than\n%s", got)
+	}
+	acme, err := tn.Catalog().Adopt(t.Context(), a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var n int
+	if err := tn.DB().QueryRow(enter(t, tn, acme.ID), `SELECT count(*) FROM notes WHERE NOT done`).Scan(&n); err != nil || n != 5 {
+		t.Errorf("%d notes, %v", n, err)
+	}
+	if err := tn.Catalog().ConfirmAdoption(t.Context(), acme.ID); err != nil {
+		t.Fatal(err)
+	}
+	must(t, admin, names.Replace(clean))
 }

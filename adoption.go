@@ -139,27 +139,28 @@ func (f *found) takeOver(p *place) []AdoptionStep {
 		steps = append(steps, AdoptionStep{What: "Begin."})
 	}
 	own := AdoptionStep{What: "The schema and all that is in it belong to {owner}.", SQL: []string{"ALTER SCHEMA " + was + " OWNER TO " + owner}}
-	usable := []string{}
+	named := map[string][]string{}
 	for _, o := range f.objects {
 		if !o.Linked {
 			own.SQL = append(own.SQL, "ALTER "+o.Kind+" "+o.Identity+" OWNER TO "+owner)
 		}
-		switch o.Kind {
-		case "TYPE":
-			usable = append(usable, "GRANT USAGE ON TYPE "+o.Identity+" TO "+runtime)
-		case "ROUTINE":
-			usable = append(usable, "GRANT EXECUTE ON ROUTINE "+o.Identity+" TO "+runtime)
+		kind := o.Kind
+		switch kind {
+		case "VIEW", "MATERIALIZED VIEW", "FOREIGN TABLE":
+			kind = "TABLE"
+		}
+		named[kind] = append(named[kind], o.Identity)
+	}
+	rights := AdoptionStep{What: "The rights of all others end, and {runtime} has those that it has in every tenant's schema.", SQL: revocations(f.grants)}
+	for _, g := range []struct{ rights, kind string }{{"SELECT, INSERT, UPDATE, DELETE", "TABLE"}, {"USAGE, SELECT", "SEQUENCE"}, {"EXECUTE", "ROUTINE"}, {"USAGE", "TYPE"}} {
+		if len(named[g.kind]) > 0 {
+			rights.SQL = append(rights.SQL, "GRANT "+g.rights+" ON "+g.kind+" "+strings.Join(named[g.kind], ", ")+" TO "+runtime)
 		}
 	}
 	version := ident.Quote(f.from.schema, versionTable)
-	rights := AdoptionStep{What: "The rights of all others end, and {runtime} has those that it has in every tenant's schema.", SQL: append(revocations(f.grants),
-		"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "+was+" TO "+runtime,
-		"GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA "+was+" TO "+runtime)}
-	rights.SQL = append(append(rights.SQL, usable...), "REVOKE ALL ON TABLE "+version+" FROM "+runtime, "GRANT SELECT ON TABLE "+version+" TO "+runtime)
-	for _, o := range f.objects {
-		if o.Linked && (o.Identity == f.from.schema+"."+versionTable+"_id_seq") {
-			rights.SQL = append(rights.SQL, "REVOKE ALL ON SEQUENCE "+o.Identity+" FROM "+runtime)
-		}
+	rights.SQL = append(rights.SQL, "REVOKE ALL ON TABLE "+version+" FROM "+runtime, "GRANT SELECT ON TABLE "+version+" TO "+runtime)
+	if own := f.from.schema + "." + versionTable + "_id_seq"; slices.Contains(named["SEQUENCE"], own) {
+		rights.SQL = append(rights.SQL, "REVOKE ALL ON SEQUENCE "+own+" FROM "+runtime)
 	}
 	rename := AdoptionStep{What: "The schema gets the tenant's name.", SQL: []string{"ALTER SCHEMA " + was + " RENAME TO " + schema}}
 	if f.from.schema == "public" {
