@@ -64,7 +64,6 @@ type oldService struct {
 	*tenancytest.Fleet
 	login, password string
 	admin           *pgx.Conn // a superuser in its database
-	extension       bool
 }
 
 func (s *oldService) database() string { return s.admin.Config().Database }
