@@ -336,6 +336,7 @@ func TestAnOldServiceIsAdopted(t *testing.T) {
 	if err := tn.Catalog().Unadopt(t.Context(), globex.ID); !errors.Is(err, tenancy.ErrInvalid) {
 		t.Errorf("a tenant that was created is taken back: %v", err)
 	}
+	wantError(t, tn.Catalog().ConfirmAdoption(t.Context(), globex.ID), tenancy.ErrInvalid)
 	if err := tn.Catalog().Unadopt(t.Context(), acme.ID); err != nil {
 		t.Fatal(err)
 	}
@@ -508,6 +509,11 @@ func TestWhatStandsInTheWayOfAnAdoptionIsFound(t *testing.T) {
 		t.Errorf("an open session: %v\n%s", err, plan)
 	}
 
+	bare := s.Open(t, tenancy.Config{Migrations: shopMigrations(later), Isolation: tenancy.IsolationSchema})
+	if plan, err := bare.Catalog().PlanAdoption(t.Context(), a); err != nil || find(plan.Obstacles, "Config.Extensions is off").What == "" {
+		t.Errorf("a fleet without extensions: %v\n%s", err, plan)
+	}
+
 	// What stands in the way keeps Adopt from doing anything.
 	must(t, s.admin, "CREATE PUBLICATION away FOR TABLE public.orders")
 	before := s.dump(t)
@@ -628,6 +634,10 @@ func TestAnAdoptionThatStopsHalfWayGoesEitherWay(t *testing.T) {
 		t.Fatal("it was adopted under a lock")
 	}
 	must(t, s.admin, "ROLLBACK")
+	roles := scan[int](t, s.admin, `SELECT count(*) FROM pg_roles WHERE starts_with(rolname, $1)`, placeOf(t, s.Fleet, mustTenant(t, tn, "acme").ID).Schema)
+	if roles != 3 {
+		t.Errorf("%d roles were made before it stopped", roles)
+	}
 	for _, sneaked := range []struct{ make, want string }{
 		{"CREATE TABLE public.sneaked (id int)", "something in the schema belongs to others"},
 		{"CREATE TABLE public.sneaked (id int); ALTER TABLE public.sneaked OWNER TO " + pgx.Identifier{s.login}.Sanitize() + "; GRANT SELECT ON public.log_2026 TO pg_monitor", "somebody has rights in the schema"},
