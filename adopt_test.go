@@ -612,6 +612,7 @@ func TestAnAdoptionThatStopsHalfWayGoesEitherWay(t *testing.T) {
 	before := s.dump(t)
 	tn := s.open(t, "SELECT 1 / count(*) FROM customers WHERE name = 'Cid';\n")
 
+	name := "never"
 	// adopt has it wait for the lock of somebody who is no customer's, and runs meanwhile.
 	adopt := func(ctx context.Context, meanwhile func(other *pgx.Conn)) error {
 		must(t, s.admin, "BEGIN")
@@ -619,7 +620,7 @@ func TestAnAdoptionThatStopsHalfWayGoesEitherWay(t *testing.T) {
 		other := s.Admin(t, "tenants")
 		failed := make(chan error, 1)
 		go func() {
-			_, err := tn.Catalog().Adopt(ctx, s.adoption("acme"))
+			_, err := tn.Catalog().Adopt(ctx, s.adoption(name))
 			failed <- err
 		}()
 		untilTrue(t, "the adoption waits for the lock", func() bool {
@@ -634,9 +635,9 @@ func TestAnAdoptionThatStopsHalfWayGoesEitherWay(t *testing.T) {
 		t.Fatal("it was adopted under a lock")
 	}
 	must(t, s.admin, "ROLLBACK")
-	roles := scan[int](t, s.admin, `SELECT count(*) FROM pg_roles WHERE starts_with(rolname, $1)`, placeOf(t, s.Fleet, mustTenant(t, tn, "acme").ID).Schema)
-	if roles != 3 {
-		t.Errorf("%d roles were made before it stopped", roles)
+	schema := placeOf(t, s.Fleet, mustTenant(t, tn, name).ID).Schema
+	if n := scan[int](t, s.admin, `SELECT count(*) FROM pg_roles WHERE starts_with(rolname, $1)`, schema); n != 3 {
+		t.Errorf("%d roles were made before it stopped", n)
 	}
 	for _, sneaked := range []struct{ make, want string }{
 		{"CREATE TABLE public.sneaked (id int)", "something in the schema belongs to others"},
@@ -654,7 +655,15 @@ func TestAnAdoptionThatStopsHalfWayGoesEitherWay(t *testing.T) {
 	if err != nil {
 		t.Fatalf("before the commit the service has to go on: %v", err)
 	}
+	never := mustTenant(t, tn, name)
+	if err := tn.Catalog().Unadopt(t.Context(), never.ID); err != nil {
+		t.Fatal(err)
+	}
+	if n := scan[int](t, s.admin, `SELECT count(*) FROM pg_roles WHERE starts_with(rolname, $1)`, schema); n != 0 {
+		t.Errorf("%d roles are left", n)
+	}
 	must(t, old, "SELECT count(*) FROM orders")
+	name = "acme"
 
 	err = adopt(t.Context(), func(*pgx.Conn) { // a session that comes after the first were ended
 		if old, err = s.tryLogin(t); err != nil {
@@ -690,7 +699,7 @@ func TestAnAdoptionThatStopsHalfWayGoesEitherWay(t *testing.T) {
 	}
 	acme = mustTenant(t, tn, "acme-2")
 	// Somebody took it back by hand, and not all of it: nothing is dropped.
-	schema := placeOf(t, s.Fleet, acme.ID).Schema
+	schema = placeOf(t, s.Fleet, acme.ID).Schema
 	must(t, s.admin, "ALTER SCHEMA "+schema+" RENAME TO by_hand")
 	if err := tn.Catalog().Unadopt(t.Context(), acme.ID); err == nil || !strings.Contains(err.Error(), "objects still") {
 		t.Errorf("taken back by hand: %v", err)
