@@ -350,7 +350,8 @@ func TestAnOldServiceIsAdopted(t *testing.T) {
 	if got := scan[bool](t, old, `SELECT has_table_privilege('pg_monitor', 'orders', 'SELECT') AND has_column_privilege('public', 'customers', 'name', 'SELECT')`); !got {
 		t.Error("others have not got their rights back")
 	}
-	if _, err := tn.DB().Exec(enter(t, tn, globex.ID), `INSERT INTO customers (name) VALUES ('Eve')`); err != nil {
+	must(t, old, `SELECT digest('by name', 'sha256')`)
+	if _, err := tn.DB().Exec(enter(t, tn, globex.ID), `INSERT INTO customers (name, digest) VALUES ('Eve', encode(digest('by name', 'sha256'), 'hex'))`); err != nil {
 		t.Errorf("the other tenant: %v", err)
 	}
 }
