@@ -23,8 +23,7 @@ func (p *place) act(ctx context.Context, conn *pgx.Conn, roles ...string) (end f
 	if p.isolation == IsolationShared {
 		roles = slices.DeleteFunc(slices.Clone(roles), func(role string) bool { return role == p.owner || role == p.runtime })
 	}
-	rows, _ := conn.Query(ctx, `SELECT rolname::text FROM pg_roles WHERE rolname = ANY($1) ORDER BY 1`, roles)
-	there, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	there, err := rolesThere(ctx, conn, roles)
 	if err != nil {
 		return nil, err
 	}

@@ -80,12 +80,16 @@ func (c *Catalog) PurgeNow(ctx context.Context, id ID, name string) (Receipt, er
 }
 
 func (c *Catalog) purge(ctx context.Context, id ID, name string, now bool) (Receipt, error) {
-	fail := func(err error) (Receipt, error) { return Receipt{}, &Error{Op: "purge", Tenant: id, Err: err} }
 	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
 	if err != nil {
-		return fail(err)
+		return Receipt{}, &Error{Op: opPurge, Tenant: id, Err: err}
 	}
 	defer release()
+	return c.purgeLocked(ctx, id, name, now)
+}
+
+func (c *Catalog) purgeLocked(ctx context.Context, id ID, name string, now bool) (Receipt, error) {
+	fail := func(err error) (Receipt, error) { return Receipt{}, &Error{Op: opPurge, Tenant: id, Err: err} }
 	p, err := c.place(ctx, id)
 	switch {
 	case err != nil:
@@ -121,12 +125,14 @@ func (c *Catalog) purge(ctx context.Context, id ID, name string, now bool) (Rece
 		gone = append(gone, at.id)
 	}
 	r := Receipt{Tenant: id, UID: p.tenant.UID, Name: name}
-	if err := c.bury(ctx, id, gone, d, &r); err != nil {
+	if err := c.entomb(ctx, opPurge, gone, d, &r); err != nil {
 		return Receipt{}, err
 	}
 	d.tell(&r)
 	return r, nil
 }
+
+const opPurge = "purge"
 
 // errHalfPurged refuses what would be done with the rest of a tenant.
 var errHalfPurged = hinted(ErrTenantGone, "its purge has begun, and what is left is not all of it: call Purge again to finish it")
@@ -144,9 +150,10 @@ func (c *Catalog) quarantined(ctx context.Context, id ID) error {
 	return hinted(ErrQuarantined, "until %s; Catalog.PurgeNow does not wait, and Catalog.Restore takes it back", until.UTC().Format(time.RFC3339))
 }
 
-// bury makes the tenant a tombstone, when nothing is left of its places.
-func (c *Catalog) bury(ctx context.Context, id ID, gone []int64, d *dropped, r *Receipt) error {
-	return c.write(ctx, "purge", id, func(tx pgx.Tx) error {
+// entomb leaves a tombstone of a deleted tenant, whose places are gone.
+func (c *Catalog) entomb(ctx context.Context, op string, places []int64, d *dropped, r *Receipt) error {
+	id := r.Tenant
+	return c.write(ctx, op, id, func(tx pgx.Tx) error {
 		if state, err := lockRow(ctx, tx, id); err != nil {
 			return err
 		} else if state != StateDeleted {
@@ -167,7 +174,10 @@ func (c *Catalog) bury(ctx context.Context, id ID, gone []int64, d *dropped, r *
 			WHERE id = $1 RETURNING deleted, updated`, id, d).Scan(&r.Deleted, &r.Purged); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET `+placeGone+` WHERE id = ANY($1)`, gone); err != nil {
+		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET `+placeGone+` WHERE id = ANY($1)`, places); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `DELETE FROM tenancy.adoptions WHERE data_source = ANY($1)`, places); err != nil {
 			return err
 		}
 		// What is kept names nobody: neither the tenant nor those who are or were its members.
@@ -178,7 +188,7 @@ func (c *Catalog) bury(ctx context.Context, id ID, gone []int64, d *dropped, r *
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.changes SET key = NULL WHERE tenant = $1 AND kind IN ('member', 'domain')`, id); err != nil {
 			return err
 		}
-		if err := audit(ctx, tx, "purge", id, map[string]any{"tables": d.tables(), "databases": len(d.Databases), "rows": d.Rows, "members": d.Members}); err != nil {
+		if err := audit(ctx, tx, op, id, map[string]any{"tables": d.tables(), "databases": len(d.Databases), "rows": d.Rows, "members": d.Members}); err != nil {
 			return err
 		}
 		if len(users) > 0 { // without a key: every node forgets all users' look-ups
@@ -297,8 +307,7 @@ func (c *Catalog) expect(ctx context.Context, p *place, roles []string, d *dropp
 		return err
 	}
 	defer closeConn(conn)
-	rows, _ := conn.Query(ctx, `SELECT rolname FROM pg_roles WHERE rolname = ANY($1)`, roles)
-	made, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	made, err := rolesThere(ctx, conn, roles)
 	if err != nil {
 		return err
 	}
@@ -320,6 +329,12 @@ func (c *Catalog) expect(ctx context.Context, p *place, roles []string, d *dropp
 	}
 	d.found(p, tables, made, database)
 	return c.writeReceipt(ctx, p.tenant.ID, d)
+}
+
+// rolesThere returns those of the roles that there are.
+func rolesThere(ctx context.Context, q querier, roles []string) ([]string, error) {
+	rows, _ := q.Query(ctx, `SELECT rolname::text FROM pg_roles WHERE rolname = ANY($1) ORDER BY 1`, roles)
+	return pgx.CollectRows(rows, pgx.RowTo[string])
 }
 
 // relation is one of a place's, with an estimate of the locks that it takes to drop it.

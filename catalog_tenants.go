@@ -73,7 +73,7 @@ func (n *NewTenant) check() error {
 }
 
 // intent identifies the request: the same one again resumes or joins, another one of the same name is refused.
-func (n *NewTenant) intent() []byte {
+func (n *NewTenant) intent(from *origin) []byte {
 	address := ""
 	if n.DataSource != nil {
 		address = n.DataSource.Address() + "/" + n.DataSource.Schema
@@ -81,6 +81,9 @@ func (n *NewTenant) intent() []byte {
 	request := []any{n.Name, n.DisplayName, n.MaxUsers, n.Attributes, n.Admin, n.Domains, n.Server, address}
 	if n.Isolation != "" { // one that says nothing is the same request as that of a release which did not ask
 		request = append(request, n.Isolation)
+	}
+	if from != nil {
+		request = append(request, from.schema, from.login)
 	}
 	text, _ := json.Marshal(request) // checked before
 	sum := sha256.Sum256(text)
@@ -117,40 +120,46 @@ func (c *Catalog) Create(ctx context.Context, n NewTenant) (Tenant, error) {
 	if err := c.checkNew(ctx, &n); err != nil {
 		return fail(0, err)
 	}
-	id, err := c.declare(ctx, &n)
+	id, err := c.declare(ctx, &n, nil)
 	if err != nil {
 		return fail(id, err)
 	}
-	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
-	if err != nil {
-		return fail(id, err)
-	}
-	defer release()
-	p, err := c.place(ctx, id)
-	if err != nil {
-		return fail(id, err)
-	}
-	switch p.tenant.State {
-	case StateActive: // another caller of the same request finished it
-		c.tn.feed.catchUp(ctx)
-		return p.tenant, nil
-	case StateProvisioning:
-	default:
-		return fail(id, ErrTenantExists)
-	}
-	if err := c.complete(ctx, p, n.DataSource == nil); err != nil {
-		return fail(id, err)
-	}
-	c.tn.feed.kickStock()
-	t, err := c.Tenant(ctx, id)
+	t, err := c.finish(ctx, id, nil, n.DataSource == nil)
 	if err != nil {
 		return fail(id, err)
 	}
 	return t, nil
 }
 
-// complete makes what is missing of a tenant that was declared and whose lock is held, and activates it. A place that is made and was not given is from the stock.
-func (c *Catalog) complete(ctx context.Context, p *place, notGiven bool) error {
+// finish makes a tenant that was declared, or adopts it, and activates it. With stock a place that is made already is from there.
+func (c *Catalog) finish(ctx context.Context, id ID, from *origin, stock bool) (Tenant, error) {
+	ctx, release, err := c.tn.primary.lockTenant(ctx, id)
+	if err != nil {
+		return Tenant{}, err
+	}
+	defer release()
+	p, err := c.place(ctx, id)
+	if err != nil {
+		return Tenant{}, err
+	}
+	p.from = from
+	switch p.tenant.State {
+	case StateActive: // another caller of the same request finished it
+		c.tn.feed.catchUp(ctx)
+		return p.tenant, nil
+	case StateProvisioning:
+	default:
+		return Tenant{}, ErrTenantExists
+	}
+	if err := c.complete(ctx, p, stock); err != nil {
+		return Tenant{}, err
+	}
+	c.tn.feed.kickStock()
+	return c.Tenant(ctx, id)
+}
+
+// complete makes what is missing of a tenant that was declared and whose lock is held, and activates it. With stock a place that is made already is from there.
+func (c *Catalog) complete(ctx context.Context, p *place, stock bool) error {
 	if p.state == "intent" {
 		done, err := c.tn.slot(ctx)
 		if err != nil {
@@ -164,7 +173,7 @@ func (c *Catalog) complete(ctx context.Context, p *place, notGiven bool) error {
 			return err
 		}
 	} else {
-		if notGiven {
+		if stock {
 			if err := c.routeStock(ctx, p); err != nil {
 				return err
 			}
@@ -201,8 +210,11 @@ func (c *Catalog) checkNew(ctx context.Context, n *NewTenant) error {
 
 // declare writes the intent: the tenant, its place, first member and domains, in one
 // transaction before anything is made. It returns the ID of the same intent written before.
-func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) {
-	intent := n.intent()
+func (c *Catalog) declare(ctx context.Context, n *NewTenant, from *origin) (id ID, err error) {
+	intent, op := n.intent(from), "create"
+	if from != nil {
+		op = opAdopt
+	}
 	err = c.tn.primary.transact(ctx, func(tx pgx.Tx) (err error) {
 		var uid UID
 		var source int64
@@ -246,6 +258,11 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 				return err
 			}
 		}
+		if from != nil {
+			if _, err := tx.Exec(ctx, `INSERT INTO tenancy.adoptions (data_source, schema, login) VALUES ($1, $2, $3)`, source, from.schema, from.login); err != nil {
+				return err
+			}
+		}
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2 WHERE id = $1`, id, source); err != nil {
 			return err
 		}
@@ -264,7 +281,7 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 				return err
 			}
 		}
-		if err := audit(ctx, tx, "create", id, map[string]any{"name": n.Name}); err != nil {
+		if err := audit(ctx, tx, op, id, map[string]any{"name": n.Name}); err != nil {
 			return err
 		}
 		for _, d := range n.Domains {
@@ -280,7 +297,7 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant) (id ID, err error) 
 		return changed(ctx, tx, "tenant", id, "")
 	})
 	if err != nil {
-		return 0, refusal("create", err)
+		return 0, refusal(op, err)
 	}
 	return id, nil
 }

@@ -25,7 +25,7 @@ func (c *Catalog) CreateInBulk(ctx context.Context, name string, version int64, 
 	if err := n.check(); err != nil {
 		return fail(err)
 	}
-	id, err := c.declare(ctx, &n)
+	id, err := c.declare(ctx, &n, nil)
 	if err != nil {
 		return fail(err)
 	}

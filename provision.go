@@ -46,6 +46,8 @@ type place struct {
 	oldLogin   string     // that nextLogin came after, until it is dropped; "": none
 	oldPooled  bool       // it went through a pooler; false also where a crash has forgotten that
 
+	from *origin // what it is to be adopted from; nil: it is made
+
 	pooler, poolerTLS string // that the server is registered with now; source has its own
 
 	servers        *servers // by whose budgets it is connected to
@@ -161,7 +163,11 @@ func (c *Catalog) make(ctx context.Context, p *place) error {
 		return err
 	}
 	defer closeConn(conn)
-	if err := makeSchema(ctx, conn, p); err != nil {
+	if p.from != nil {
+		if err := c.adoptSchema(ctx, conn, p); err != nil {
+			return fmt.Errorf("adopt schema %s: %w", p.from.schema, err)
+		}
+	} else if err := makeSchema(ctx, conn, p); err != nil {
 		return fmt.Errorf("make schema: %w", err)
 	}
 	err = c.asOwner(ctx, conn, p, func(ctx context.Context, cc *pgx.ConnConfig) error {
@@ -444,19 +450,9 @@ func (c *Catalog) furnish(ctx context.Context, cc *pgx.ConnConfig, p *place) err
 		return withoutSecrets(err)
 	}
 	defer closeConn(conn)
-	schema, marker, runtime := ident.Quote(p.source.Schema), ident.Quote(p.source.Schema, markerTable), ident.Quote(p.runtime)
+	marker := ident.Quote(p.source.Schema, markerTable)
 	return pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
-		for _, sql := range []string{
-			// Without an index, which every new connection would open for the one row, at a tenth of its first request: that it is one, the reader checks.
-			"CREATE TABLE IF NOT EXISTS " + marker + " (realm uuid NOT NULL, tenant uuid NOT NULL)",
-			"REVOKE ALL ON TABLE " + marker + " FROM " + runtime,
-			"GRANT SELECT ON TABLE " + marker + " TO " + runtime,
-			"GRANT USAGE ON SCHEMA " + schema + " TO " + runtime,
-			"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO " + runtime,
-			"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT USAGE, SELECT ON SEQUENCES TO " + runtime,
-			"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT EXECUTE ON ROUTINES TO " + runtime,
-			"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT USAGE ON TYPES TO " + runtime,
-		} {
+		for _, sql := range furnishing(p) {
 			if _, err := tx.Exec(ctx, sql); err != nil {
 				return err
 			}
@@ -465,6 +461,22 @@ func (c *Catalog) furnish(ctx context.Context, cc *pgx.ConnConfig, p *place) err
 		_, err := tx.Exec(ctx, "INSERT INTO "+marker+" (realm, tenant) SELECT $1::uuid, $2::uuid WHERE NOT EXISTS (SELECT FROM "+marker+")", realm, p.tenant.UID)
 		return err
 	})
+}
+
+// furnishing are the statements of furnish, without the marker's row.
+func furnishing(p *place) []string {
+	schema, marker, runtime := ident.Quote(p.source.Schema), ident.Quote(p.source.Schema, markerTable), ident.Quote(p.runtime)
+	return []string{
+		// Without an index, which every new connection would open for the one row, at a tenth of its first request: that it is one, the reader checks.
+		"CREATE TABLE IF NOT EXISTS " + marker + " (realm uuid NOT NULL, tenant uuid NOT NULL)",
+		"REVOKE ALL ON TABLE " + marker + " FROM " + runtime,
+		"GRANT SELECT ON TABLE " + marker + " TO " + runtime,
+		"GRANT USAGE ON SCHEMA " + schema + " TO " + runtime,
+		"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO " + runtime,
+		"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT USAGE, SELECT ON SEQUENCES TO " + runtime,
+		"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT EXECUTE ON ROUTINES TO " + runtime,
+		"ALTER DEFAULT PRIVILEGES IN SCHEMA " + schema + " GRANT USAGE ON TYPES TO " + runtime,
+	}
 }
 
 // migratePlace brings a made place to the version that is asked for, and records the one that it has.
@@ -896,10 +908,15 @@ func endSessions(ctx context.Context, conn *pgx.Conn, roles []string) error {
 
 // endListed is endSessions that is content when so many looks in a row have seen none.
 func endListed(ctx context.Context, conn *pgx.Conn, roles []string, looks int) error {
+	return untilQuiet(ctx, looks, func(ctx context.Context) (int, error) { return terminate(ctx, conn, roles) })
+}
+
+// untilQuiet ends sessions until so many looks in a row have seen none.
+func untilQuiet(ctx context.Context, looks int, end func(ctx context.Context) (int, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, endTimeout)
 	defer cancel()
 	for quiet, pause := 0, time.Millisecond; ; pause = min(2*pause, 10*time.Millisecond) {
-		left, err := terminate(ctx, conn, roles)
+		left, err := end(ctx)
 		if err != nil {
 			return fmt.Errorf("end sessions: %w", err)
 		}
@@ -910,7 +927,7 @@ func endListed(ctx context.Context, conn *pgx.Conn, roles []string, looks int) e
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("end sessions: %d of %v are left: %w", left, roles, ctx.Err())
+			return fmt.Errorf("end sessions: %d are left: %w", left, ctx.Err())
 		case <-time.After(pause):
 		}
 	}

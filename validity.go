@@ -56,7 +56,7 @@ func (f *feed) check(ctx context.Context) error {
 		return unavailable("validity", err)
 	}
 	c := f.tn.catalog
-	return errors.Join(c.finishFences(ctx), c.finishCreates(ctx), c.finishPlaces(ctx), c.finishDense(ctx), c.dropUnfinishedPlaces(ctx), c.endLeftMemberships(ctx), c.fillStock(ctx))
+	return errors.Join(c.finishFences(ctx), c.finishCreates(ctx), c.finishPurges(ctx), c.finishPlaces(ctx), c.finishDense(ctx), c.dropUnfinishedPlaces(ctx), c.endLeftMemberships(ctx), c.fillStock(ctx))
 }
 
 // oursToFinish is the condition on a tenant t for a job of this node's: it serves the tenant, or nobody does. $1 are Config.serves, null for all.
@@ -98,13 +98,14 @@ func (c *Catalog) finishFence(ctx context.Context, id ID) error {
 	return nil
 }
 
-// finishCreates resumes the Create of a tenant that died or failed, and was not called again.
+// finishCreates resumes the Create of a tenant that died or failed, and was not called again. An Adopt is its caller's to finish: it closes a service's login.
 func (c *Catalog) finishCreates(ctx context.Context) error {
 	if c.tn.migrations.empty() {
 		return nil
 	}
 	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT t.id FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
-		WHERE t.state = 'provisioning' AND s.provisioner IS NOT NULL AND t.updated < now() - interval '1 minute' AND `+oursToFinish+` ORDER BY random() LIMIT 100`, c.tn.cfg.serves())
+		WHERE t.state = 'provisioning' AND s.provisioner IS NOT NULL AND t.updated < now() - interval '1 minute'
+		AND NOT EXISTS (SELECT FROM tenancy.adoptions a WHERE a.data_source = d.id) AND `+oursToFinish+` ORDER BY random() LIMIT 100`, c.tn.cfg.serves())
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[ID])
 	if err != nil {
 		return unavailable("validity", err)
@@ -130,6 +131,41 @@ func (c *Catalog) finishCreate(ctx context.Context, id ID) error {
 		return &Error{Op: "finish create", Tenant: id, Name: p.tenant.Name, Err: err}
 	}
 	return nil
+}
+
+// finishPurges goes on with purges that were cut off: what is left of such a tenant is not all of it, and nobody can have it back.
+func (c *Catalog) finishPurges(ctx context.Context) error {
+	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT t.id, t.name FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
+		WHERE t.state = 'deleted' AND t.receipt IS NOT NULL AND s.provisioner IS NOT NULL AND t.updated < now() - interval '1 minute' AND `+oursToFinish+` ORDER BY random() LIMIT 10`, c.tn.cfg.serves())
+	type begun struct {
+		Tenant ID
+		Name   string
+	}
+	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[begun])
+	if err != nil {
+		return unavailable("validity", err)
+	}
+	var errs []error
+	for _, b := range list {
+		if err := c.finishPurge(ctx, b.Tenant, b.Name); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// finishPurge is Purge that waits for nobody who is at work on the tenant.
+func (c *Catalog) finishPurge(ctx context.Context, id ID, name string) error {
+	ctx, release, err := c.lockToFinish(ctx, id)
+	if err != nil || release == nil {
+		return err
+	}
+	defer release()
+	_, err = c.purgeLocked(ctx, id, name, false)
+	if errors.Is(err, ErrTenantGone) || errors.Is(err, ErrInvalid) { // another one came first
+		return nil
+	}
+	return err
 }
 
 // lockToFinish locks the tenant for as long as one tenant may take of a run. release is nil when a verb is at work on it: what is left
