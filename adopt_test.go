@@ -394,8 +394,8 @@ func TestAnAdoptionIsTakenBack(t *testing.T) {
 		t.Errorf("%d roles are left", n)
 	}
 	wantError(t, tn.Catalog().Unadopt(t.Context(), acme.ID), tenancy.ErrTenantGone)
-	if got := mustTenant(t, tn, "acme").State; got != tenancy.StatePurged {
-		t.Errorf("the tenant is %s", got)
+	if got, err := tn.Catalog().Tenant(t.Context(), acme.ID); err != nil || got.State != tenancy.StatePurged {
+		t.Errorf("the tenant is %s, %v", got.State, err)
 	}
 	if conn, err := s.tryLogin(t); err != nil {
 		t.Errorf("the old login: %v", err)
