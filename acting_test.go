@@ -79,7 +79,7 @@ func TestTheProvisionerActsForATenantsRolesWhileAVerbIsAtWork(t *testing.T) {
 				verb{"SetDense, back", func() error { return cat.SetDense(t.Context(), ids[0], false) }})
 		}
 		verbs = append(verbs, verb{"Delete", func() error { return cat.Delete(t.Context(), ids[0]) }},
-			verb{"Purge", func() error { _, err := cat.Purge(t.Context(), ids[0], "acme-"+string(isolation)); return err }})
+			verb{"Purge", func() error { _, err := cat.PurgeNow(t.Context(), ids[0], "acme-"+string(isolation)); return err }})
 		for _, v := range verbs {
 			if err := v.run(); err != nil {
 				t.Fatalf("%s, %s: %v", isolation, v.name, err)

@@ -15,12 +15,12 @@ import (
 	"github.com/msmt-go/tenancy/tenancytest"
 )
 
-// crashes is how many processes are killed in the middle of a tenant's life: 12, with TENANCY_LONG=1 1,000.
+// crashes is how many processes are killed in the middle of a tenant's life: 8, with TENANCY_LONG=1 1,000.
 func crashes() int {
 	if os.Getenv("TENANCY_LONG") == "1" {
 		return 1000
 	}
-	return 12
+	return 8
 }
 
 // TestLifeCyclesKilledAnywhereLeaveNothing kills processes that create, rotate, delete and purge tenants, at random moments, and lets the

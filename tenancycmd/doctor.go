@@ -2,6 +2,7 @@ package tenancycmd
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/msmt-go/tenancy"
@@ -19,6 +20,14 @@ type findingJSON struct {
 	Mend     string     `json:"mend,omitempty"`
 }
 
+func findingsJSON(list []tenancy.Finding) []findingJSON {
+	some := make([]findingJSON, len(list))
+	for i, f := range list {
+		some[i] = findingJSON{f.Check, f.Level.String(), f.Tenant.ID, f.Tenant.Name, f.Server, f.What, f.Why, f.Mend}
+	}
+	return some
+}
+
 func (a *app) doctorCommand() *cobra.Command {
 	var failOn string
 	var all bool
@@ -26,42 +35,54 @@ func (a *app) doctorCommand() *cobra.Command {
 		Long: "Look at the primary, at each server and at the walls between tenants, and say what is wrong, why it matters and what mends it. It only reads. With --json there is a line for each finding."}
 	cmd.Flags().StringVar(&failOn, "fail-on", "failure", "end with 5 at this level or a worse one: note, warning, failure")
 	cmd.Flags().BoolVar(&all, "all", false, "show the checks that have found nothing, too")
-	cmd.RunE = a.runs(func(ctx context.Context, s *session, _ []string) error {
-		worst := map[string]tenancy.Level{"note": tenancy.LevelNote, "warning": tenancy.LevelWarning, "failure": tenancy.LevelFailure}[failOn]
-		if worst == tenancy.LevelOK {
-			return usageError{fmt.Sprintf("--fail-on: there is no level %q", failOn)}
-		}
+	look := a.runs(func(ctx context.Context, s *session, _ []string) error {
 		findings, err := s.tn.Doctor(ctx)
 		if err != nil {
 			return err
 		}
-		bad, checks := 0, map[string]bool{}
-		for _, f := range findings {
-			checks[f.Check] = true
-			if f.Level >= worst {
-				bad++
-			}
-			if a.json {
-				if err := a.printJSON(findingJSON{f.Check, f.Level.String(), f.Tenant.ID, f.Tenant.Name, f.Server, f.What, f.Why, f.Mend}); err != nil {
-					return err
-				}
-			} else if f.Level > tenancy.LevelOK || all {
-				if err := s.finding(f); err != nil {
-					return err
-				}
-			}
+		return a.diagnose(findings, failOn, all)
+	})
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		err := look(cmd, args)
+		if e, refused := errors.AsType[*tenancy.SetupError](err); refused { // no node starts either
+			return a.diagnose(e.Missing, failOn, all)
 		}
-		if !a.json {
-			if _, err := fmt.Fprintf(a.out, "%d checks, %d findings at level %s or worse\n", len(checks), bad, failOn); err != nil {
+		return err
+	}
+	return cmd
+}
+
+// diagnose prints the findings, and is an error where one is as bad as failOn.
+func (a *app) diagnose(findings []tenancy.Finding, failOn string, all bool) error {
+	worst := map[string]tenancy.Level{"note": tenancy.LevelNote, "warning": tenancy.LevelWarning, "failure": tenancy.LevelFailure}[failOn]
+	if worst == tenancy.LevelOK {
+		return usageError{fmt.Sprintf("--fail-on: there is no level %q", failOn)}
+	}
+	bad, checks := 0, map[string]bool{}
+	for i, f := range findings {
+		checks[f.Check] = true
+		if f.Level >= worst {
+			bad++
+		}
+		if a.json {
+			if err := a.printJSON(findingsJSON(findings)[i]); err != nil {
+				return err
+			}
+		} else if f.Level > tenancy.LevelOK || all {
+			if err := a.printFinding(f); err != nil {
 				return err
 			}
 		}
-		if bad > 0 {
-			return coded{errFound, fmt.Errorf("%d findings at level %s or worse", bad, failOn)}
+	}
+	if !a.json {
+		if _, err := fmt.Fprintf(a.out, "%d checks, %d findings at level %s or worse\n", len(checks), bad, failOn); err != nil {
+			return err
 		}
-		return nil
-	})
-	return cmd
+	}
+	if bad > 0 {
+		return coded{errFound, fmt.Errorf("%d findings at level %s or worse", bad, failOn)}
+	}
+	return nil
 }
 
 func (a *app) reconcileCommand() *cobra.Command {
@@ -77,7 +98,7 @@ func (a *app) reconcileCommand() *cobra.Command {
 		})}
 }
 
-func (s *session) finding(f tenancy.Finding) error {
+func (a *app) printFinding(f tenancy.Finding) error {
 	where := ""
 	if f.Server != "" {
 		where += ", server " + clean(f.Server)
@@ -92,6 +113,6 @@ func (s *session) finding(f tenancy.Finding) error {
 	if f.Mend != "" {
 		text += "    mend: " + oneLine(f.Mend) + "\n"
 	}
-	_, err := fmt.Fprint(s.out, text)
+	_, err := fmt.Fprint(a.out, text)
 	return err
 }

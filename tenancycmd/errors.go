@@ -34,7 +34,7 @@ Exit codes:
   2    wrong usage, or a value that was refused
   3    one tenant or more of a run failed (migrate, exec, drift); the others are done
   4    no such tenant
-  5    with --check: something is behind, dirty or drifted; doctor: there is a finding of --fail-on
+  5    with --check: something is behind, dirty or drifted; doctor: there is a finding of --fail-on; adopt --dry-run: something stands in the way
   6    the primary database is unavailable
   130  interrupted`
 

@@ -107,7 +107,7 @@ func (a *app) root() *cobra.Command {
 	}
 	root := group(name, "Tenants of a service: their life, members, schemas and data",
 		a.initCommand(), a.keygenCommand(), a.serverCommand(),
-		a.createCommand(), a.listCommand(), a.showCommand(), a.suspendCommand(), a.resumeCommand(), a.renameCommand(),
+		a.createCommand(), a.adoptCommand(), a.listCommand(), a.showCommand(), a.suspendCommand(), a.resumeCommand(), a.renameCommand(),
 		a.deleteCommand(), a.restoreCommand(), a.purgeCommand(),
 		a.membersCommand(), a.domainsCommand(),
 		a.migrateCommand(), a.statusCommand(), a.driftCommand(),

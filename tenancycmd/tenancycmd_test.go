@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/url"
 	"os"
@@ -209,8 +210,10 @@ func TestALifeOfATenant(t *testing.T) {
 	l.run(0, "restore", "acme-two")
 	l.run(0, "delete", "acme-two")
 	l.has("Nothing was done", 0, "purge", "acme-two", "--dry-run")
+	l.has("tenant is in quarantine", 1, "purge", "acme-two", "--yes-purge", "acme-two")
+	l.has("Purge after", 0, "show", "acme-two")
 	l.has("--yes-purge acme-two", 2, "purge", "acme-two")
-	l.has("nothing was done", 2, "purge", "acme-two", "--yes-purge", "acme")
+	l.has("nothing was done", 2, "purge", "acme-two", "--now", "--yes-purge", "acme")
 	t.Run("the_name_is_asked_for", func(t *testing.T) {
 		tenancycmd.OnATerminal(t)
 		l.stdin = strings.NewReader("globex\n")
@@ -223,11 +226,39 @@ func TestALifeOfATenant(t *testing.T) {
 			}
 			return 0, io.EOF
 		}), strings.NewReader("acme-two\n"))
-		l.has("is purged", 0, "purge", "acme-two")
+		l.has("is purged", 0, "purge", "acme-two", "--now")
 		l.stdin = nil
 		l.has("give -o FILE", 2, "export", "globex")
 	})
-	l.has("was deleted", 1, "purge", "acme-two", "--yes-purge", "acme-two")
+	l.run(4, "purge", "acme-two", "--yes-purge", "acme-two") // nobody has the name
+	l.has("was deleted", 1, "purge", "#1", "--yes-purge", "#1")
+
+	released := fmt.Sprintf("#%d", decode[tenant](l, 0, "create", "hooli")[0].ID)
+	l.run(0, "delete", "hooli", "--release-name")
+	l.run(0, "create", "hooli")
+	l.has("was released", 2, "restore", released)
+	l.has("is in service", 0, "restore", released, "--as", "hooli-one")
+	l.has("hooli-one", 0, "list", "hooli-")
+
+	l.has("nothing that could be finished is left", 0, "reconcile")
+	if out, _ := l.run(0, "doctor", "--all"); !strings.Contains(out, "ok: isolation") {
+		t.Errorf("doctor printed %q", out)
+	}
+	wall := func(sql string) {
+		if _, err := l.fleet.Admin(t, "tenants").Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wall("GRANT CREATE ON SCHEMA public TO PUBLIC") // no node opens on it
+	l.has("mend: REVOKE", 5, "doctor")
+	found := decode[struct{ Check, Level, Mend string }](l, 5, "doctor", "--fail-on", "warning")
+	if len(found) == 0 || found[0].Level != "failure" {
+		t.Fatalf("doctor printed %+v", found)
+	}
+	wall(found[0].Mend)
+	l.run(2, "doctor", "--fail-on", "ok")
+	l.has("there is no role", 5, "adopt", "initech", "--login", "nobody", "--dry-run")
+	l.run(4, "show", "initech")
 	l.has("of globex", 0, "exec", "globex", "SELECT title FROM notes")
 
 	if out, _ := l.run(0, "__complete", "show", "glo"); !strings.HasPrefix(out, "globex\n") {
