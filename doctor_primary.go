@@ -224,7 +224,7 @@ func checkListen(ctx context.Context, w *ward) error {
 }
 
 // sealedRecords are all that RotateKeys seals anew, each by the id of its key, which stands in clear before the rest.
-const sealedRecords = `SELECT CASE WHEN octet_length(sealed) > 40 THEN encode(substring(sealed FROM 3 FOR get_byte(sealed, 1)), 'escape') ELSE '' END, count(*) FROM (
+const sealedRecords = `SELECT CASE WHEN octet_length(sealed) > 1 AND octet_length(sealed) > 2 + get_byte(sealed, 1) THEN encode(substring(sealed FROM 3 FOR get_byte(sealed, 1)), 'escape') ELSE '' END, count(*) FROM (
 		SELECT sentinel FROM tenancy.realm
 		UNION ALL SELECT provisioner FROM tenancy.servers WHERE provisioner IS NOT NULL
 		UNION ALL SELECT sealed FROM tenancy.data_sources WHERE state <> 'dropped'

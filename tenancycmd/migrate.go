@@ -368,6 +368,9 @@ func (a *app) statusCommand() *cobra.Command {
 	return cmd
 }
 
+// mostBehind is how many tenants that are behind are shown to people: before a run it is all of them.
+const mostBehind = 10
+
 func (s *session) statusText(v statusJSON) error {
 	t := newTable(s.out, "VERSION", "TENANTS")
 	versions := slices.Sorted(maps.Keys(v.Versions))
@@ -391,9 +394,17 @@ func (s *session) statusText(v statusJSON) error {
 			t.row("TENANT", "VERSION", "STATUS")
 			head = true
 		}
+		if id == 0 {
+			t.row("...", "", what)
+			return
+		}
 		t.row(fmt.Sprintf("%s (#%d)", name, id), strconv.FormatInt(version, 10), what)
 	}
-	for _, p := range v.Behind {
+	for i, p := range v.Behind {
+		if i == mostBehind {
+			row(0, "", 0, fmt.Sprintf("and %d more that are behind; --json has all of them", len(v.Behind)-i))
+			break
+		}
 		row(p.TenantID, p.Name, p.Version, "behind")
 	}
 	for _, p := range v.Ahead {
