@@ -30,7 +30,7 @@ func asJSON(t tenancy.Tenant) tenantJSON {
 
 // called is how a tenant is named in a line of text.
 func called(t tenancy.Tenant) string {
-	if t.Name == "" {
+	if t.Name == "" || strings.HasPrefix(t.Name, "#") { // it was released
 		return fmt.Sprintf("tenant #%d", t.ID)
 	}
 	return fmt.Sprintf("%s (#%d)", clean(t.Name), t.ID)
