@@ -1,6 +1,7 @@
 package tenancy
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"database/sql"
@@ -128,7 +129,9 @@ func (m *migrations) read() error {
 				return err
 			}
 			f.NoTransaction, f.down = annotated(text, "NO TRANSACTION"), annotated(text, "Down")
+			f.calls = bytes.Contains(bytes.ToLower(text), []byte("tenancy_"))
 		} else {
+			f.calls = true // nobody knows
 			f.down = slices.ContainsFunc(m.code, func(g GoMigration) bool { return g.Version == s.Version && g.Down != nil })
 		}
 		m.list = append(m.list, f)

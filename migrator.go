@@ -64,7 +64,8 @@ type Migration struct {
 	File          string // its name; "": it is code
 	NoTransaction bool   // nothing rolls it back when it dies
 
-	down bool // there is a way back
+	down  bool // there is a way back
+	calls bool // it can call a function of the library's
 }
 
 // Migrated is what one tenant's migration did.

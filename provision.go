@@ -686,8 +686,11 @@ func (c *Catalog) withGoose(ctx context.Context, cc *pgx.ConnConfig, p *place, i
 	defer db.Close()
 	if p.isolation != IsolationShared {
 		m.reader = p.runtime
-		if err := installFunctions(ctx, db, p); err != nil {
-			return err
+		calls := func(f Migration) bool { return f.Version > p.version && f.calls }
+		if p.state == "intent" || slices.ContainsFunc(m.list, calls) { // they have been there since it was made, and can be an older release's
+			if err := installFunctions(ctx, db, p); err != nil {
+				return err
+			}
 		}
 	}
 	r, err := newRun(db, p.source.Schema, m)
