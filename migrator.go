@@ -511,6 +511,10 @@ func (c *Catalog) revert(ctx context.Context, cc *pgx.ConnConfig, p *place) (rev
 	if err != nil {
 		return 0, err
 	}
+	if p.version >= version { // it could not be looked at: the mark stays, by which the next run does
+		p.migrating = -version
+		return version, fmt.Errorf("migration %d is taken back, and the schema could not be asked for its version: call Migrator.Tenant, which looks again", version)
+	}
 	p.migrating = 0
 	return version, nil
 }

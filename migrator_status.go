@@ -223,6 +223,14 @@ func (m *Migrator) askSchemas(ctx context.Context, at province, schemas []string
 	defer closeConn(conn)
 	for some := range slices.Chunk(schemas, schemasAtOnce) {
 		if err := asOwners(ctx, conn, some, func(tx pgx.Tx) error { return readVersions(ctx, tx, some, found) }); err != nil {
+			if len(some) > 1 && ctx.Err() == nil { // one that is locked holds up nobody else
+				for _, s := range some {
+					if err := asOwners(ctx, conn, []string{s}, func(tx pgx.Tx) error { return readVersions(ctx, tx, []string{s}, found) }); err != nil {
+						fail([]string{s}, fmt.Errorf("read versions: %w", withoutSecrets(err)))
+					}
+				}
+				continue
+			}
 			fail(some, fmt.Errorf("read versions: %w", withoutSecrets(err)))
 		}
 	}

@@ -363,11 +363,20 @@ func (c *Catalog) asOwner(ctx context.Context, provisioner *pgx.Conn, p *place, 
 		}
 		return execDDL(ctx, provisioner, "ALTER ROLE "+owner+rights+" VALID UNTIL "+ident.Literal(until))
 	}
+	back := func(ctx context.Context) error {
+		ctx, done := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer done()
+		return takeBack(ctx, provisioner, p)
+	}
 	if err := lend(ctx, " LOGIN PASSWORD "+ident.Literal(verifier)); err != nil {
+		if ctx.Err() != nil || provisioner.IsClosed() { // the server may have done it
+			err = errors.Join(err, back(ctx))
+		}
 		return err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	renewed := make(chan struct{})
+	var opened *pgx.Conn // in the place of a provisioner's session that has ended; nil: none
 	go func() {
 		defer close(renewed)
 		tick := time.NewTicker(ownerLease / 3)
@@ -377,7 +386,14 @@ func (c *Catalog) asOwner(ctx context.Context, provisioner *pgx.Conn, p *place, 
 			case <-ctx.Done():
 				return
 			case <-tick.C:
-				if err := lend(ctx, ""); err != nil && ctx.Err() == nil {
+				err := lend(ctx, "")
+				if err != nil && ctx.Err() == nil && provisioner.IsClosed() { // it had ended since: the migration goes on
+					if fresh, e := p.provisionerConn(ctx); e == nil {
+						opened, provisioner = fresh, fresh
+						err = lend(ctx, "")
+					}
+				}
+				if err != nil && ctx.Err() == nil {
 					cancel(fmt.Errorf("renew the owner's password: %w", err))
 				}
 			}
@@ -386,9 +402,10 @@ func (c *Catalog) asOwner(ctx context.Context, provisioner *pgx.Conn, p *place, 
 	defer func() {
 		cancel(nil)
 		<-renewed
-		back, done := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-		defer done()
-		err = errors.Join(err, takeBack(back, provisioner, p))
+		err = errors.Join(err, back(ctx))
+		if opened != nil {
+			closeConn(opened)
+		}
 	}()
 	d := p.source
 	d.User, d.Password = p.owner, Secret(password)
@@ -404,14 +421,21 @@ func (c *Catalog) asOwner(ctx context.Context, provisioner *pgx.Conn, p *place, 
 
 // takeBack ends the owner's right to log in, and its sessions.
 func takeBack(ctx context.Context, provisioner *pgx.Conn, p *place) error {
-	if provisioner.IsClosed() { // a cancelled statement closed it
-		fresh, err := p.provisionerConn(ctx)
-		if err != nil {
-			return fmt.Errorf("take back the owner's login (it expires by itself in %v): %w", ownerLease, err)
+	if !provisioner.IsClosed() {
+		if err := takeBackOn(ctx, provisioner, p); err == nil || !provisioner.IsClosed() {
+			return err
 		}
-		defer closeConn(fresh)
-		provisioner = fresh
 	}
+	// A cancelled statement closed it, or it had ended while the owner was at work.
+	fresh, err := p.provisionerConn(ctx)
+	if err != nil {
+		return fmt.Errorf("take back the owner's login (it expires by itself in %v): %w", ownerLease, err)
+	}
+	defer closeConn(fresh)
+	return takeBackOn(ctx, fresh, p)
+}
+
+func takeBackOn(ctx context.Context, provisioner *pgx.Conn, p *place) error {
 	if err := execDDL(ctx, provisioner, "ALTER ROLE "+ident.Quote(p.owner)+" NOLOGIN PASSWORD NULL"); err != nil {
 		return fmt.Errorf("take back the owner's login: %w", err)
 	}

@@ -116,11 +116,11 @@ func (c *Catalog) readyArea(ctx context.Context, p *place, e *errand) (applied [
 		}
 		e.area = err
 	}()
-	conn, err := p.provisionerConn(ctx)
+	conn, end, err := e.worker.provisionerOf(ctx, p)
 	if err != nil {
 		return nil, err
 	}
-	defer closeConn(conn)
+	defer end()
 	if err := makeArea(ctx, conn, p); err != nil {
 		return nil, fmt.Errorf("make shared schema: %w", err)
 	}

@@ -87,14 +87,14 @@ func (a *app) diagnose(findings []tenancy.Finding, failOn string, all bool) erro
 
 func (a *app) reconcileCommand() *cobra.Command {
 	return &cobra.Command{Use: "reconcile", Short: "Finish what a process that died has left, as the validity job does", Args: cobra.NoArgs,
-		Long: "Run the validity job at once: creations, fences, rotations, moves and purges that were cut off more than a minute ago are finished, and places that nobody finishes are dropped.",
+		Long: "Run the validity job at once: creations, fences, rotations, moves and purges that were cut off more than a minute ago are finished, a bounded number of each, and places that nobody finishes are dropped.",
 		RunE: a.runs(func(ctx context.Context, s *session, _ []string) error {
 			if err := s.tn.Refresh(ctx); err != nil {
 				return err
 			}
 			return a.print(struct {
 				Done bool `json:"done"`
-			}{true}, "nothing that could be finished is left")
+			}{true}, "one run of the validity job is done")
 		})}
 }
 

@@ -114,8 +114,12 @@ what is left. Tenants that are pinned go no further than that.`}
 		}
 		return run(cmd, args)
 	}
-	cmd.AddCommand(a.downCommand(), a.resolveCommand(), a.pinCommand(), a.unpinCommand())
 	return cmd
+}
+
+// schemaCommand has what is done to one tenant's versions. It is no part of migrate, whose arguments are names of tenants.
+func (a *app) schemaCommand() *cobra.Command {
+	return group("schema", "Versions of one tenant's schema", a.downCommand(), a.resolveCommand(), a.pinCommand(), a.unpinCommand())
 }
 
 // ran prints what a run has done.
@@ -200,19 +204,26 @@ func (s *session) ranText(v runJSON) error {
 }
 
 func (a *app) downCommand() *cobra.Command {
-	return &cobra.Command{Use: "down NAME", Short: "Take one tenant's newest migration back", Args: cobra.ExactArgs(1), ValidArgsFunction: a.names(1),
-		Long: "Take one tenant's newest migration back, by its Down. The next run applies it again, unless the tenant is pinned before.",
-		RunE: a.runsWith(migrates, func(ctx context.Context, s *session, args []string) error {
-			t, err := s.tenant(ctx, args[0])
-			if err != nil {
-				return err
-			}
-			m, err := s.m.Down(ctx, t.ID)
-			if err != nil {
-				return err
-			}
-			return s.print(migratedOf(m), "%s is at version %d, without %d", called(t), m.Version, m.Reverted)
-		})}
+	var yes string
+	cmd := &cobra.Command{Use: "down NAME", Short: "Take one tenant's newest migration back", Args: cobra.ExactArgs(1), ValidArgsFunction: a.names(1),
+		Long: `Take one tenant's newest migration back, by its Down, with all that this drops. The next run applies it again, unless the tenant is pinned before.
+The name is asked for on a terminal; elsewhere --yes-down gives it.`}
+	cmd.Flags().StringVar(&yes, "yes-down", "", "the tenant's name once more, in place of the question")
+	cmd.RunE = a.runsWith(migrates, func(ctx context.Context, s *session, args []string) error {
+		t, err := s.tenant(ctx, args[0])
+		if err != nil {
+			return err
+		}
+		if err := s.confirm(ctx, t, "yes-down", yes, "The newest migration of %s will be taken back, with the data that its Down drops."); err != nil {
+			return err
+		}
+		m, err := s.m.Down(ctx, t.ID)
+		if err != nil {
+			return err
+		}
+		return s.print(migratedOf(m), "%s is at version %d, without %d", called(t), m.Version, m.Reverted)
+	})
+	return cmd
 }
 
 // migrates is what a command needs that migrates one tenant.
@@ -411,7 +422,7 @@ func (s *session) statusText(v statusJSON) error {
 		row(p.TenantID, p.Name, p.Version, "ahead: migrated by a newer release")
 	}
 	for _, p := range v.Dirty {
-		row(p.TenantID, p.Name, p.Version, fmt.Sprintf("dirty: migration %d has died half-way; see migrate resolve", p.Dirty))
+		row(p.TenantID, p.Name, p.Version, fmt.Sprintf("dirty: migration %d has died half-way; see schema resolve", p.Dirty))
 	}
 	for _, p := range v.Pinned {
 		row(p.TenantID, p.Name, p.Version, fmt.Sprintf("pinned at %d", p.Pinned))

@@ -79,7 +79,7 @@ func (a *app) config(need int, log *slog.Logger) (tenancy.Config, error) {
 	if a.o.Configure != nil {
 		a.o.Configure(&cfg)
 	}
-	cfg.HostURL, cfg.NodeAddress, cfg.OnlyTenants, cfg.Store, cfg.WrapResolver = "", "", nil, nil, nil
+	cfg.HostURL, cfg.NodeAddress, cfg.OnlyTenants, cfg.Stock, cfg.Store, cfg.WrapResolver = "", "", nil, 0, nil, nil
 	cfg.CheckPrimaryOnly, cfg.Logger = !a.mayUpdate, log
 	l := &cfg.Limits
 	l.PrimaryConns = primaryConns

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strconv"
@@ -74,7 +75,7 @@ func clientEnv(from []string, d tenancy.DataSource, cfg tenancy.Config) []string
 	mode := d.TLS
 	if mode == "" { // as DataSource.TLS says
 		mode = "verify-full"
-		if d.Host == "localhost" || strings.HasPrefix(d.Host, "127.") || d.Host == "::1" {
+		if ip, err := netip.ParseAddr(d.Host); strings.EqualFold(d.Host, "localhost") || err == nil && ip.Unmap().IsLoopback() {
 			mode = "disable"
 		}
 	}

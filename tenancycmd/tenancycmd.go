@@ -35,7 +35,7 @@ type Options struct {
 	// GoMigrations are the service's migrations in code. Default: none.
 	GoMigrations []tenancy.GoMigration
 	// Configure changes the Config that a command opens: what the service sets in code (Extensions, Limits.TenantConns, PoolConfig) must be set here too. What makes a node one that
-	// serves (HostURL, NodeAddress, OnlyTenants, SingleTenant, Store, WrapResolver) is taken out afterwards. Default: nothing is changed.
+	// serves (HostURL, NodeAddress, OnlyTenants, SingleTenant, Stock, Store, WrapResolver) is taken out afterwards. Default: nothing is changed.
 	Configure func(*tenancy.Config)
 }
 
@@ -59,12 +59,12 @@ func New(o Options) *cobra.Command { return newApp(o).root() }
 
 func newApp(o Options) *app { return &app{o: o, lent: new(atomic.Bool)} }
 
-// Main runs the command line of the process and exits. The first interrupt, or SIGTERM, cancels the command, which leaves in order; the second one ends the process.
+// Main runs the command line of the process and exits. The first interrupt, SIGTERM or SIGHUP, cancels the command, which leaves in order; the second one ends the process.
 func Main(o Options) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	a := newApp(o)
 	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a reader that has left is an error of a write, and the node leaves in order
 	go func() {
 		var first time.Time
@@ -110,7 +110,7 @@ func (a *app) root() *cobra.Command {
 		a.createCommand(), a.adoptCommand(), a.listCommand(), a.showCommand(), a.suspendCommand(), a.resumeCommand(), a.renameCommand(),
 		a.deleteCommand(), a.restoreCommand(), a.purgeCommand(),
 		a.membersCommand(), a.domainsCommand(),
-		a.migrateCommand(), a.statusCommand(), a.driftCommand(),
+		a.migrateCommand(), a.schemaCommand(), a.statusCommand(), a.driftCommand(),
 		a.execCommand(), a.psqlCommand(), a.exportCommand(), a.rotateCommand(), a.doctorCommand(), a.reconcileCommand(),
 	)
 	root.Long = rootHelp

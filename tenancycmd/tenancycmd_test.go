@@ -240,7 +240,7 @@ func TestALifeOfATenant(t *testing.T) {
 	l.has("is in service", 0, "restore", released, "--as", "hooli-one")
 	l.has("hooli-one", 0, "list", "hooli-")
 
-	l.has("nothing that could be finished is left", 0, "reconcile")
+	l.has("one run of the validity job is done", 0, "reconcile")
 	if out, _ := l.run(0, "doctor", "--all"); !strings.Contains(out, "ok: isolation") {
 		t.Errorf("doctor printed %q", out)
 	}
@@ -395,13 +395,16 @@ func TestMigratingAFleet(t *testing.T) {
 	l.run(0, "exec", "globex", "DELETE FROM notes")
 	l.has("globex (#2) is at version 2", 0, "migrate", "globex")
 	l.run(0, "status", "--check", "--verify")
-	l.has("is at version 1, without 2", 0, "migrate", "down", "acme")
-	l.run(0, "migrate", "pin", "acme", "1")
+	l.has("--yes-down acme", 2, "schema", "down", "acme")
+	l.has("nothing was done", 2, "schema", "down", "acme", "--yes-down", "globex")
+	l.has("is at version 1, without 2", 0, "schema", "down", "acme", "--yes-down", "acme")
+	l.run(4, "migrate", "down", "acme") // tenants are named, and no command
+	l.run(0, "schema", "pin", "acme", "1")
 	if got := decode[status](l, 0, "status", "--check"); len(got[0].Pinned) != 1 || got[0].Pinned[0].Name != "acme" {
 		t.Errorf("status printed %+v", got)
 	}
-	l.run(0, "migrate", "unpin", "acme")
-	l.has("not one that has died", 2, "migrate", "resolve", "acme", "2", "--applied")
+	l.run(0, "schema", "unpin", "acme")
+	l.has("not one that has died", 2, "schema", "resolve", "acme", "2", "--applied")
 	l.run(0, "migrate", "--all")
 
 	// acme's owner is the administrator's to change.
@@ -428,7 +431,7 @@ func TestWrongCommandsSayWhatIsWrong(t *testing.T) {
 	l.run(0, "create", "globex")
 	for _, args := range [][]string{{"bogus"}, {"members"}, {"members", "bogus", "globex"}, {"create"}, {"create", "a", "b"}, {"create", "Capital"}, {"create", "x", "--isolation", "none"},
 		{"list", "--bogus"}, {"list", "--state", "bogus"}, {"list", "--timeout", "soon"}, {"list", "--conns", "-1"}, {"list", "--conns", "1"}, {"show", "#x"}, {"show", "--id", "globex"}, {"migrate"}, {"migrate", "--all", "globex"},
-		{"migrate", "--all", "--up-to", "9"}, {"migrate", "--all", "--parallel", "1000"}, {"migrate", "pin", "globex", "x"}, {"migrate", "resolve", "globex", "1"}, {"exec"}, {"exec", "globex"}, {"exec", "--all", "a", "b"},
+		{"migrate", "--all", "--up-to", "9"}, {"migrate", "--all", "--parallel", "1000"}, {"schema", "pin", "globex", "x"}, {"schema", "resolve", "globex", "1"}, {"exec"}, {"exec", "globex"}, {"exec", "--all", "a", "b"},
 		{"exec", "globex", "SELECT 1", "-f", "x"}, {"exec", "globex", "-f", "/nosuch"}, {"members", "add", "globex", "u", "--role", "king"}, {"domains", "add", "globex", "no domain"}} {
 		l.run(2, args...)
 	}

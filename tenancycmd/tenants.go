@@ -345,23 +345,14 @@ func (a *app) purgeCommand() *cobra.Command {
 		case dry:
 			return s.foretell(ctx, t, "drop all data of the tenant, its roles, members and domains, for good")
 		}
-		typed := yes
-		if yes == "" {
-			if !isTerminal(a.in) {
-				return usageError{"purge asks for the tenant's name on a terminal: give it with --yes-purge " + clean(t.Name)}
-			}
-			if typed, err = s.ask(ctx, fmt.Sprintf("All data of %s will be dropped, for good. Type its name to go on: ", called(t))); err != nil {
-				return err
-			}
-		}
-		if typed != t.Name {
-			return usageError{fmt.Sprintf("%q is not the tenant's name: nothing was done", typed)}
+		if err := s.confirm(ctx, t, "yes-purge", yes, "All data of %s will be dropped, for good."); err != nil {
+			return err
 		}
 		purge := s.c.Purge
 		if now {
 			purge = s.c.PurgeNow
 		}
-		r, err := purge(ctx, t.ID, typed)
+		r, err := purge(ctx, t.ID, t.Name)
 		if err != nil {
 			return err
 		}
@@ -372,6 +363,23 @@ func (a *app) purgeCommand() *cobra.Command {
 		return a.print(v, "%s is purged: %d relations, %d roles, %d databases, %d members", called(t), v.Tables, len(v.Roles), len(v.Databases), v.Members)
 	})
 	return cmd
+}
+
+// confirm asks for the tenant's name once more before what cannot be taken back, unless a flag has it.
+func (s *session) confirm(ctx context.Context, t tenancy.Tenant, flag, typed, what string) error {
+	if typed == "" {
+		if !isTerminal(s.in) {
+			return usageError{fmt.Sprintf("the tenant's name is asked for on a terminal: give it with --%s %s", flag, clean(t.Name))}
+		}
+		var err error
+		if typed, err = s.ask(ctx, fmt.Sprintf(what, called(t))+" Type its name to go on: "); err != nil {
+			return err
+		}
+	}
+	if typed != t.Name {
+		return usageError{fmt.Sprintf("%q is not the tenant's name: nothing was done", typed)}
+	}
+	return nil
 }
 
 // ask reads one line. The reader is left behind when ctx ends before there is one: the process ends, too.
