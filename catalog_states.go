@@ -73,6 +73,7 @@ func (c *Catalog) withdraw(ctx context.Context, op string, id ID, to State, s Su
 		}
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = $2, message = $3, retry_after = $4, fenced = NULL, updated = now(),
 			quarantine = CASE WHEN $2 = 'deleted' AND deleted IS NULL THEN $5 ELSE quarantine END,
+			receipt = CASE WHEN $2 = 'deleted' AND deleted IS NULL THEN NULL ELSE receipt END,
 			deleted = CASE WHEN $2 = 'deleted' THEN coalesce(deleted, now()) END WHERE id = $1`,
 			id, to, s.Message, int(s.RetryAfter/time.Second), c.tn.cfg.Quarantine); err != nil {
 			return err
@@ -247,7 +248,16 @@ func (c *Catalog) reopen(ctx context.Context, op string, p *place, from ...State
 	case s == StateActive:
 		return nil
 	case slices.Contains(from, s):
-		if p.state == "intent" {
+		var activated bool
+		if err := c.tn.primary.pool.QueryRow(ctx, `SELECT activated FROM tenancy.tenants WHERE id = $1`, id).Scan(&activated); err != nil {
+			return fail(unavailable(op, err))
+		}
+		if p.state == "made" && !activated { // its Create goes on where it was
+			if err := c.openPlace(ctx, p); err != nil {
+				return fail(err)
+			}
+		}
+		if p.state == "intent" || !activated {
 			return c.unfinish(ctx, id)
 		}
 	case s == StateProvisioning:

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy/internal/ident"
@@ -160,27 +161,8 @@ func (c *Catalog) finish(ctx context.Context, id ID, from *origin, stock bool) (
 
 // complete makes what is missing of a tenant that was declared and whose lock is held, and activates it. With stock a place that is made already is from there.
 func (c *Catalog) complete(ctx context.Context, p *place, stock bool) error {
-	if p.state == "intent" {
-		done, err := c.tn.slot(ctx)
-		if err != nil {
-			return err
-		}
-		defer done()
-		if err := c.reroute(ctx, p); err != nil {
-			return err
-		}
-		if err := c.make(ctx, p); err != nil {
-			return err
-		}
-	} else {
-		if stock {
-			if err := c.routeStock(ctx, p); err != nil {
-				return err
-			}
-		}
-		if err := c.tn.proveLogin(ctx, p); err != nil {
-			return err
-		}
+	if err := c.ready(ctx, p, stock); err != nil {
+		return err
 	}
 	if c.tn.cfg.Dense && p.isolation != IsolationDatabase && p.source.Pooler == "" {
 		if err := c.prepareDense(ctx, p); err != nil {
@@ -188,10 +170,50 @@ func (c *Catalog) complete(ctx context.Context, p *place, stock bool) error {
 		}
 		p.dense = true
 	}
-	if err := c.seed(ctx, p); err != nil {
-		return err
+	if p.from == nil { // an adopted one has its rows
+		if err := c.seed(ctx, p); err != nil {
+			return err
+		}
 	}
 	return c.activate(ctx, p)
+}
+
+// ready makes the place, or brings one that is made to the service's version, and proves its login.
+func (c *Catalog) ready(ctx context.Context, p *place, stock bool) error {
+	if p.state == "intent" || p.version < c.tn.migrations.newest() {
+		done, err := c.tn.slot(ctx)
+		if err != nil {
+			return err
+		}
+		defer done()
+	}
+	if p.state == "intent" {
+		if err := c.reroute(ctx, p); err != nil {
+			return err
+		}
+		return c.make(ctx, p)
+	}
+	if stock {
+		if err := c.routeStock(ctx, p); err != nil {
+			return err
+		}
+	}
+	if _, err := c.migratePlace(ctx, p, c.tn.newest()); err != nil { // nothing, where it has the version
+		return err
+	}
+	return c.tn.proveLogin(ctx, p)
+}
+
+// recipe is what this node's Config adds to a new tenant.
+func (c Config) recipe() string {
+	var adds []string
+	if c.Dense {
+		adds = append(adds, "dense")
+	}
+	if c.Seed != nil {
+		adds = append(adds, "seed")
+	}
+	return strings.Join(adds, " ")
 }
 
 // checkNew is checkServer for a tenant that is not declared yet, and for which no place is in the stock. One that is has its server.
@@ -222,8 +244,10 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant, from *origin) (id I
 		isolation := cmp.Or(n.Isolation, c.tn.cfg.Isolation)
 		var ready stocked
 		if n.DataSource == nil {
-			if ready, err = c.takeStock(ctx, tx, n.Server, isolation); err != nil {
-				return err
+			if from == nil {
+				if ready, err = c.takeStock(ctx, tx, n.Server, isolation); err != nil {
+					return err
+				}
 			}
 			uid, source, promised = ready.uid, ready.source, ready.promised
 			if source == 0 {
@@ -238,9 +262,9 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant, from *origin) (id I
 		if n.MaxUsers > 0 {
 			maxUsers = &n.MaxUsers
 		}
-		err = tx.QueryRow(ctx, `INSERT INTO tenancy.tenants (id, uid, name, display_name, state, isolation, intent, max_users, attributes) OVERRIDING SYSTEM VALUE
-			VALUES (coalesce($8, `+nextID+`), $1, $2, $3, 'provisioning', $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING id`,
-			uid, n.Name, n.DisplayName, isolation, intent, maxUsers, n.Attributes, promised).Scan(&id)
+		err = tx.QueryRow(ctx, `INSERT INTO tenancy.tenants (id, uid, name, display_name, state, isolation, intent, max_users, attributes, activated, recipe) OVERRIDING SYSTEM VALUE
+			VALUES (coalesce($8, `+nextID+`), $1, $2, $3, 'provisioning', $4, $5, $6, $7, false, $9) ON CONFLICT (name) DO NOTHING RETURNING id`,
+			uid, n.Name, n.DisplayName, isolation, intent, maxUsers, n.Attributes, promised, c.tn.cfg.recipe()).Scan(&id)
 		if isState(err, "23505") { // of the UID: the name has its own answer
 			return invalid(errors.New("data source: another tenant has this place"))
 		} else if errors.Is(err, pgx.ErrNoRows) {
@@ -377,7 +401,7 @@ func (c *Catalog) activate(ctx context.Context, p *place) error {
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'made', version = $2, migrating = NULL, dense = $3, updated = now() WHERE id = $1`, p.id, p.version, p.dense); err != nil {
 			return err
 		}
-		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', dense = $2, updated = now() WHERE id = $1 AND state = 'provisioning'`, p.tenant.ID, p.dense)
+		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', activated = true, dense = $2, updated = now() WHERE id = $1 AND state = 'provisioning'`, p.tenant.ID, p.dense)
 		if err != nil {
 			return err
 		}

@@ -19,7 +19,7 @@ import (
 type setting struct{ value, source string }
 
 const (
-	oldestMajor = 14 // of PostgreSQL, that the library works with
+	oldestMajor = 15 // of PostgreSQL, that the library works with
 	newestMajor = 18 // that its tests have run on
 	clockSkew   = time.Second
 	clockLooks  = 5

@@ -842,6 +842,14 @@ func fence(ctx context.Context, conn *pgx.Conn, p *place, wait inUse, drain time
 	if p.isolation == IsolationShared { // who works for the others, too
 		others = nil
 	}
+	// Before anything that can wait for somebody: whatever comes after it, nobody logs in any more.
+	made, err := rolesThere(ctx, conn, p.logins())
+	if err != nil {
+		return err
+	}
+	if _, err := closeSome(ctx, conn, made); err != nil {
+		return err
+	}
 	done, err := p.act(ctx, conn, slices.Concat(p.logins(), others, p.denseRoles())...)
 	if err != nil {
 		return err

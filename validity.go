@@ -56,7 +56,7 @@ func (f *feed) check(ctx context.Context) error {
 		return unavailable("validity", err)
 	}
 	c := f.tn.catalog
-	return errors.Join(c.finishFences(ctx), c.finishCreates(ctx), c.finishPurges(ctx), c.finishPlaces(ctx), c.finishDense(ctx), c.dropUnfinishedPlaces(ctx), c.endLeftMemberships(ctx), c.fillStock(ctx))
+	return errors.Join(c.finishFences(ctx), c.finishPlaces(ctx), c.finishDense(ctx), c.finishPurges(ctx), c.dropUnfinishedPlaces(ctx), c.endLeftMemberships(ctx), c.finishCreates(ctx), c.fillStock(ctx))
 }
 
 // oursToFinish is the condition on a tenant t for a job of this node's: it serves the tenant, or nobody does. $1 are Config.serves, null for all.
@@ -98,14 +98,17 @@ func (c *Catalog) finishFence(ctx context.Context, id ID) error {
 	return nil
 }
 
-// finishCreates resumes the Create of a tenant that died or failed, and was not called again. An Adopt is its caller's to finish: it closes a service's login.
+// finishCreates resumes the Create of a tenant that died or failed, and was not called again, where this node would make the same of it; a few in each run, for each may take as long as its
+// migrations and its seed do. An Adopt is its caller's to finish: it closes a service's login.
 func (c *Catalog) finishCreates(ctx context.Context) error {
 	if c.tn.migrations.empty() {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, validityBudget/3)
+	defer cancel()
 	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT t.id FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
 		WHERE t.state = 'provisioning' AND s.provisioner IS NOT NULL AND t.updated < now() - interval '1 minute'
-		AND NOT EXISTS (SELECT FROM tenancy.adoptions a WHERE a.data_source = d.id) AND `+oursToFinish+` ORDER BY random() LIMIT 100`, c.tn.cfg.serves())
+		AND t.recipe = $2 AND NOT EXISTS (SELECT FROM tenancy.adoptions a WHERE a.data_source = d.id) AND `+oursToFinish+` ORDER BY random() LIMIT 10`, c.tn.cfg.serves(), c.tn.cfg.recipe())
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[ID])
 	if err != nil {
 		return unavailable("validity", err)
@@ -136,7 +139,7 @@ func (c *Catalog) finishCreate(ctx context.Context, id ID) error {
 // finishPurges goes on with purges that were cut off: what is left of such a tenant is not all of it, and nobody can have it back.
 func (c *Catalog) finishPurges(ctx context.Context) error {
 	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT t.id, t.name FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
-		WHERE t.state = 'deleted' AND t.receipt IS NOT NULL AND s.provisioner IS NOT NULL AND t.updated < now() - interval '1 minute' AND `+oursToFinish+` ORDER BY random() LIMIT 10`, c.tn.cfg.serves())
+		WHERE t.state = 'deleted' AND t.deleted IS NOT NULL AND t.receipt IS NOT NULL AND s.provisioner IS NOT NULL AND t.updated < now() - interval '1 minute' AND `+oursToFinish+` ORDER BY random() LIMIT 10`, c.tn.cfg.serves())
 	type begun struct {
 		Tenant ID
 		Name   string
