@@ -433,12 +433,12 @@ func (c *Catalog) placeByID(ctx context.Context, id int64) (*place, error) {
 	p := place{id: id}
 	var sealed, provisioner []byte
 	db := c.tn.primary
-	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
+	err := db.pool.QueryRow(ctx, `SELECT d.uid, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.tablespace, d.sealed,
 		d.next_login, d.next_sealed, d.old_login, d.promised, d.dense, d.dense_role, coalesce(l.login, ''), s.pooler, s.pooler_tls, s.provisioner,
 		coalesce(d.migrating, 0), coalesce((SELECT t.pinned FROM tenancy.tenants t WHERE t.uid = d.uid), 0), `+nodesThatJoin+`
 		FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
 		LEFT JOIN tenancy.dense_logins l ON l.server = d.server AND l.isolation = d.isolation WHERE d.id = $1`, id).
-		Scan(&p.tenant.UID, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
+		Scan(&p.tenant.UID, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &p.tablespace, &sealed,
 			&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.dense, &p.denseRole, &p.denseLogin, &p.pooler, &p.poolerTLS, &provisioner, &p.migrating, &p.pinned, &p.joined)
 	if err != nil {
 		return nil, unavailable("read place", err)

@@ -14,7 +14,7 @@ import (
 // ServerConfig is a database in which tenants live, with its provisioner: the login that makes
 // schemas and roles there (LOGIN, CREATEROLE, owner of the database, not a superuser), and, with CREATEDB, databases of tenants' own beside it.
 //
-// [Init] and [Catalog.AddServer] write Weight and Capacity each time; Config.Server is registered by the first [Open] alone.
+// [Init] and [Catalog.AddServer] write Weight, Capacity and Tablespace each time; Config.Server is registered by the first [Open] alone.
 type ServerConfig struct {
 	// Name of the server in the catalog. Default: "main".
 	Name string
@@ -26,6 +26,10 @@ type ServerConfig struct {
 	// Capacity is the number of tenants' places that the server may have; one that is full is left out, and one more that names it is [ErrNoRoom]. Places that are
 	// prepared, being made, or left and not dropped, count too. What is there when it is lowered stays. Default: 0, no limit.
 	Capacity int
+	// Tablespace is where the tables and indexes of tenants are kept that are made from now on, and a database of a tenant's own as a whole. An administrator has made it; [Init] gives
+	// the right to create in it to the role of all tenants and the provisioner. A place keeps its own, whatever is set later: its new tables go where its others are, and a tenant that
+	// takes a prepared place, or one of the stock, has that place's. An adopted schema stays where it is. Default: "", the database's own.
+	Tablespace string
 	// Pooler is host:port of a pooler such as PgBouncer that calls of this server's tenants go through; see docs/poolers.md. The provisioner,
 	// migrations and fences go to URL's address, always. Places that are made from now on have it; those that exist keep theirs until
 	// Catalog.RotatePassword or Catalog.SetDataSource. Default: none.
@@ -37,6 +41,9 @@ type ServerConfig struct {
 // Format writes what can be shown, whatever the verb: the URL holds a password.
 func (s ServerConfig) Format(f fmt.State, _ rune) {
 	fmt.Fprintf(f, "tenancy.ServerConfig{Name: %q, URL: %s, Weight: %d, Capacity: %d", s.Name, redactURL(s.URL), s.Weight, s.Capacity)
+	if s.Tablespace != "" {
+		fmt.Fprintf(f, ", Tablespace: %q", s.Tablespace)
+	}
 	if s.Pooler != "" {
 		fmt.Fprintf(f, ", Pooler: %q", s.Pooler)
 	}
@@ -66,6 +73,11 @@ func (s ServerConfig) parse() (ServerConfig, DataSource, error) {
 	if s.Capacity < 0 || s.Capacity > math.MaxInt32 {
 		return s, DataSource{}, invalid(fmt.Errorf("ServerConfig.Capacity is %d: from 0 to %d", s.Capacity, math.MaxInt32))
 	}
+	if s.Tablespace != "" {
+		if err := ident.Tablespace(s.Tablespace); err != nil {
+			return s, DataSource{}, invalid(fmt.Errorf("ServerConfig.Tablespace: %w", err))
+		}
+	}
 	d.Pooler, d.PoolerTLS = s.Pooler, s.PoolerTLS
 	if err := d.validatePooler(); err != nil {
 		return s, DataSource{}, invalid(fmt.Errorf("ServerConfig.Pooler: %w", err))
@@ -75,7 +87,7 @@ func (s ServerConfig) parse() (ServerConfig, DataSource, error) {
 }
 
 // AddServer registers a further database in which tenants can live, set up with [Init]. Known
-// by its address, it gets the new provisioner login, weight and capacity, and the pooler or none; its name stays.
+// by its address, it gets the new provisioner login, weight and capacity, and the tablespace and the pooler or none; its name stays.
 //
 // The error is [ErrInvalid], a [*SetupError], [ErrPrimaryUnavailable] or the server's.
 func (c *Catalog) AddServer(ctx context.Context, s ServerConfig) error {
@@ -89,7 +101,7 @@ func (c *Catalog) AddServer(ctx context.Context, s ServerConfig) error {
 	if err := c.tn.primary.sameProvisioner(ctx, d); err != nil {
 		return err
 	}
-	if err := verifyServer(ctx, c.tn.servers, d, c.tn.cfg.Extensions, c.tn.cfg.Isolation == IsolationDatabase); err != nil {
+	if err := verifyServer(ctx, c.tn.servers, d, s.Tablespace, c.tn.cfg.Extensions, c.tn.cfg.Isolation == IsolationDatabase); err != nil {
 		return fmt.Errorf("tenancy: add server %q: %w", s.Name, err)
 	}
 	if err := c.tn.primary.registerServer(ctx, s, d); err != nil {
@@ -105,18 +117,19 @@ type Server struct {
 	Address     string // host:port/database
 	Weight      int    // as in [ServerConfig]
 	Capacity    int
-	Places      int // of tenants, those included that are prepared, being made, or left and not dropped
+	Places      int    // of tenants, those included that are prepared, being made, or left and not dropped
+	Tablespace  string // of the places that are made from now on
 	Pooler      string
 	Provisioner bool // its login is known
 }
 
 // Servers returns the registered servers, the oldest first. The error is [ErrPrimaryUnavailable].
 func (c *Catalog) Servers(ctx context.Context) ([]Server, error) {
-	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT s.name, s.host, s.port, s.database, s.weight, s.capacity, s.pooler, s.provisioner IS NOT NULL,
+	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT s.name, s.host, s.port, s.database, s.weight, s.capacity, s.tablespace, s.pooler, s.provisioner IS NOT NULL,
 		(SELECT count(*) FROM tenancy.data_sources d WHERE d.server = s.id AND d.state <> 'dropped') FROM tenancy.servers s ORDER BY s.id`)
 	list, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (s Server, err error) {
 		var d DataSource
-		err = row.Scan(&s.Name, &d.Host, &d.Port, &d.Database, &s.Weight, &s.Capacity, &s.Pooler, &s.Provisioner, &s.Places)
+		err = row.Scan(&s.Name, &d.Host, &d.Port, &d.Database, &s.Weight, &s.Capacity, &s.Tablespace, &s.Pooler, &s.Provisioner, &s.Places)
 		s.Address = d.Address()
 		return s, err
 	})
@@ -142,7 +155,7 @@ func (p *primaryDB) sameProvisioner(ctx context.Context, d DataSource) error {
 	return nil
 }
 
-// registerServer adds the server to the catalog, or renews its provisioner's password, weight, capacity and pooler.
+// registerServer adds the server to the catalog, or renews its provisioner's password, weight, capacity, tablespace and pooler.
 func (p *primaryDB) registerServer(ctx context.Context, s ServerConfig, d DataSource) error {
 	err := pgx.BeginFunc(ctx, p.pool, func(tx pgx.Tx) error {
 		login := d
@@ -155,16 +168,16 @@ func (p *primaryDB) registerServer(ctx context.Context, s ServerConfig, d DataSo
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtextextended('tenancy servers', 0))`); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `INSERT INTO tenancy.servers (name, host, port, database, tls, provisioner, weight, capacity, pooler, pooler_tls)
-			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+		if _, err := tx.Exec(ctx, `INSERT INTO tenancy.servers (name, host, port, database, tls, provisioner, weight, capacity, tablespace, pooler, pooler_tls)
+			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
 			ON CONFLICT (host, port, database) DO UPDATE SET provisioner = excluded.provisioner, tls = excluded.tls,
-				weight = excluded.weight, capacity = excluded.capacity, pooler = excluded.pooler, pooler_tls = excluded.pooler_tls, updated = now()`,
-			s.Name, d.Host, d.Port, d.Database, d.TLS, sealed, s.Weight, s.Capacity, d.Pooler, d.PoolerTLS); isState(err, "23505") {
+				weight = excluded.weight, capacity = excluded.capacity, tablespace = excluded.tablespace, pooler = excluded.pooler, pooler_tls = excluded.pooler_tls, updated = now()`,
+			s.Name, d.Host, d.Port, d.Database, d.TLS, sealed, s.Weight, s.Capacity, s.Tablespace, d.Pooler, d.PoolerTLS); isState(err, "23505") {
 			return invalid(fmt.Errorf("server: the name %q belongs to another address", s.Name))
 		} else if err != nil {
 			return err
 		}
-		if err := audit(ctx, tx, "register server", 0, map[string]any{"server": s.Name, "address": d.Address(), "weight": s.Weight, "capacity": s.Capacity, "pooler": d.Pooler}); err != nil {
+		if err := audit(ctx, tx, "register server", 0, map[string]any{"server": s.Name, "address": d.Address(), "weight": s.Weight, "capacity": s.Capacity, "tablespace": s.Tablespace, "pooler": d.Pooler}); err != nil {
 			return err
 		}
 		return changed(ctx, tx, "server", 0, s.Name)
@@ -176,7 +189,8 @@ func (p *primaryDB) registerServer(ctx context.Context, s ServerConfig, d DataSo
 type chosen struct {
 	id          int64
 	address     DataSource // without a login
-	provisioner []byte     // sealed; nil: none is known
+	tablespace  string
+	provisioner []byte // sealed; nil: none is known
 }
 
 // chooseServer chooses the server of a new place, and keeps it from being filled by another until tx ends.
@@ -197,11 +211,11 @@ func roomiest(ctx context.Context, q querier, server string) (chosen, error) {
 	var s chosen
 	var taken, full bool // taken: by tenants that name it alone
 	d := &s.address
-	err := q.QueryRow(ctx, `SELECT s.id, s.host, s.port, s.database, s.tls, s.pooler, s.pooler_tls, s.provisioner,
+	err := q.QueryRow(ctx, `SELECT s.id, s.host, s.port, s.database, s.tls, s.pooler, s.pooler_tls, s.tablespace, s.provisioner,
 		s.weight < 0 AND $1 = '' AS taken, s.capacity > 0 AND p.places >= s.capacity AS is_full
 		FROM tenancy.servers s, LATERAL (SELECT count(*) AS places FROM tenancy.data_sources d WHERE d.server = s.id AND d.state <> 'dropped') p
 		WHERE `+eligible+` ORDER BY taken, is_full, p.places::float8 / s.weight, s.weight DESC, s.id LIMIT 1`, server).
-		Scan(&s.id, &d.Host, &d.Port, &d.Database, &d.TLS, &d.Pooler, &d.PoolerTLS, &s.provisioner, &taken, &full)
+		Scan(&s.id, &d.Host, &d.Port, &d.Database, &d.TLS, &d.Pooler, &d.PoolerTLS, &s.tablespace, &s.provisioner, &taken, &full)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows) && server != "":
 		return chosen{}, invalid(fmt.Errorf("server: %q is not registered", server))
@@ -219,24 +233,30 @@ func roomiest(ctx context.Context, q querier, server string) (chosen, error) {
 	return s, nil
 }
 
-// provisioners returns the registered servers' provisioner logins.
-func (p *primaryDB) provisioners(ctx context.Context) ([]DataSource, error) {
-	rows, err := p.pool.Query(ctx, `SELECT provisioner FROM tenancy.servers WHERE provisioner IS NOT NULL ORDER BY id`)
+// verifiable is what a registered server is verified by.
+type verifiable struct {
+	provisioner DataSource
+	tablespace  string
+}
+
+// provisioned returns the registered servers whose provisioner is known.
+func (p *primaryDB) provisioned(ctx context.Context) ([]verifiable, error) {
+	rows, err := p.pool.Query(ctx, `SELECT tablespace, provisioner FROM tenancy.servers WHERE provisioner IS NOT NULL ORDER BY id`)
 	if err != nil {
 		return nil, unavailable("read servers", err)
 	}
 	defer rows.Close()
-	var list []DataSource
+	var list []verifiable
 	for rows.Next() {
+		var s verifiable
 		var sealed []byte
-		if err := rows.Scan(&sealed); err != nil {
+		if err := rows.Scan(&s.tablespace, &sealed); err != nil {
 			return nil, unavailable("read servers", err)
 		}
-		d, err := p.openSource(UID(p.realm.Value()), "provisioner", sealed)
-		if err != nil {
+		if s.provisioner, err = p.openSource(UID(p.realm.Value()), "provisioner", sealed); err != nil {
 			return nil, err
 		}
-		list = append(list, d)
+		list = append(list, s)
 	}
 	return list, unavailable("read servers", rows.Err())
 }

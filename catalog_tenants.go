@@ -286,6 +286,9 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant, from *origin) (id I
 			if _, err := tx.Exec(ctx, `INSERT INTO tenancy.adoptions (data_source, schema, login) VALUES ($1, $2, $3)`, source, from.schema, from.login); err != nil {
 				return err
 			}
+			if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET tablespace = '' WHERE id = $1`, source); err != nil { // its tables are where they are
+				return err
+			}
 		}
 		if _, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET data_source = $2 WHERE id = $1`, id, source); err != nil {
 			return err
@@ -361,19 +364,19 @@ func (c *Catalog) intendPlace(ctx context.Context, tx pgx.Tx, uid UID, id ID, se
 	owner, runtime := base+"_o", base+"_r"
 	d.Schema, d.User, d.Password = base, base+"_l1", Secret(password)
 	if isolation == IsolationShared {
-		a, err := intendArea(ctx, tx, s.id)
+		a, err := intendArea(ctx, tx, s.id, s.tablespace)
 		if err != nil {
 			return 0, err
 		}
-		d.Schema, owner, runtime = a.schema, a.owner, a.runtime
+		d.Schema, owner, runtime, s.tablespace = a.schema, a.owner, a.runtime, a.tablespace
 	}
 	sealed, err := c.tn.primary.sealSource(uid, "data_source", d)
 	if err != nil {
 		return 0, err
 	}
 	var source int64
-	err = tx.QueryRow(ctx, `INSERT INTO tenancy.data_sources (uid, server, isolation, database, schema, owner, runtime, login, sealed, state, promised)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'intent', coalesce(nullif($10::bigint, 0), `+nextID+`)) RETURNING id`, uid, s.id, isolation, database, d.Schema, owner, runtime, d.User, sealed, id).Scan(&source)
+	err = tx.QueryRow(ctx, `INSERT INTO tenancy.data_sources (uid, server, isolation, database, schema, owner, runtime, tablespace, login, sealed, state, promised)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'intent', coalesce(nullif($11::bigint, 0), `+nextID+`)) RETURNING id`, uid, s.id, isolation, database, d.Schema, owner, runtime, s.tablespace, d.User, sealed, id).Scan(&source)
 	return source, err
 }
 

@@ -23,8 +23,12 @@ func makeDatabase(ctx context.Context, conn *pgx.Conn, p *place) error {
 	}
 	name := ident.Quote(p.source.Database)
 	if !found.there {
+		in := ""
+		if p.tablespace != "" {
+			in = " TABLESPACE " + ident.Quote(p.tablespace)
+		}
 		// Nobody can connect before the grants below are made: to a new database PUBLIC may.
-		err := execUnused(ctx, conn, "CREATE DATABASE "+name+" TEMPLATE "+ident.Quote(templateOf(p.provisioner.Database))+" ALLOW_CONNECTIONS false")
+		err := execUnused(ctx, conn, "CREATE DATABASE "+name+" TEMPLATE "+ident.Quote(templateOf(p.provisioner.Database))+in+" ALLOW_CONNECTIONS false")
 		if isState(err, "42P04", "23505") { // a call that was cut off was still at it
 			_, err = findDatabase(ctx, conn, p)
 		}

@@ -133,6 +133,7 @@ type doctorServer struct {
 	name        string
 	provisioner DataSource // the zero one where err says why
 	err         error
+	tablespace  string
 	pooler      string
 	reader      string // role; "": none
 	places      []*doctorPlace
@@ -379,13 +380,13 @@ func (d *doctor) report() []Finding {
 // read reads the servers and the places, without the passwords of tenants.
 func (d *doctor) read(ctx context.Context) error {
 	db := d.tn.primary
-	rows, _ := db.pool.Query(ctx, `SELECT s.id, s.name, s.database, s.provisioner, s.pooler, coalesce(r.role, '') FROM tenancy.servers s LEFT JOIN tenancy.readers r ON r.server = s.id ORDER BY s.id`)
+	rows, _ := db.pool.Query(ctx, `SELECT s.id, s.name, s.database, s.provisioner, s.tablespace, s.pooler, coalesce(r.role, '') FROM tenancy.servers s LEFT JOIN tenancy.readers r ON r.server = s.id ORDER BY s.id`)
 	by := map[int64]*doctorServer{}
 	var err error
 	d.servers, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (*doctorServer, error) {
 		var s doctorServer
 		var sealed []byte
-		if err := row.Scan(&s.id, &s.name, &s.provisioner.Database, &sealed, &s.pooler, &s.reader); err != nil {
+		if err := row.Scan(&s.id, &s.name, &s.provisioner.Database, &sealed, &s.tablespace, &s.pooler, &s.reader); err != nil {
 			return nil, err
 		}
 		by[s.id] = &s

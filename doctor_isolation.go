@@ -79,7 +79,7 @@ func roleNames(roles map[string]role) []string {
 func checkServer(ctx context.Context, w *ward) error {
 	const why = "tenants cannot be made there, or are open to roles that have no business there"
 	extensions := w.tn.cfg.Extensions
-	err := ask(ctx, w.conn, serverChecks(w.server.provisioner, extensions))
+	err := ask(ctx, w.conn, serverChecks(w.server.provisioner, w.server.tablespace, extensions))
 	w.server.open = err != nil
 	if err := w.missing(err, why); err != nil {
 		return err

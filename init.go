@@ -70,7 +70,7 @@ func Init(ctx context.Context, admin AdminConfig) error {
 	if admin.Keys.IsZero() {
 		return invalid(errors.New("AdminConfig.Keys is required"))
 	}
-	if err := initDatabase(ctx, "AdminURL", admin.AdminURL, catalog, ""); err != nil {
+	if err := initDatabase(ctx, "AdminURL", admin.AdminURL, catalog, "", ""); err != nil {
 		return err
 	}
 	cfg := Config{PrimaryURL: admin.PrimaryURL, Keys: admin.Keys}.withDefaults()
@@ -88,7 +88,7 @@ func Init(ctx context.Context, admin AdminConfig) error {
 	if admin.TenantDatabases {
 		rights = "CREATEDB CREATEROLE"
 	}
-	if err := initDatabase(ctx, "ServerAdminURL", admin.ServerAdminURL, server, rights); err != nil {
+	if err := initDatabase(ctx, "ServerAdminURL", admin.ServerAdminURL, server, rights, registered.Tablespace); err != nil {
 		return err
 	}
 	if err := initTenants(ctx, admin.ServerAdminURL, server, ident.Quote(tenantsRole(server.Database)), admin.Extensions); err != nil {
@@ -102,7 +102,7 @@ func Init(ctx context.Context, admin AdminConfig) error {
 	if err := p.registerServer(ctx, registered, server); err != nil {
 		return err
 	}
-	return errors.Join(p.verify(ctx), verifyServer(ctx, servers, server, len(admin.Extensions) > 0, admin.TenantDatabases))
+	return errors.Join(p.verify(ctx), verifyServer(ctx, servers, server, registered.Tablespace, len(admin.Extensions) > 0, admin.TenantDatabases))
 }
 
 // apart refuses one database for the primary and the tenants, under whatever address.
@@ -128,8 +128,8 @@ func apart(ctx context.Context, admin AdminConfig, catalog, server DataSource) e
 	return nil
 }
 
-// initDatabase makes a database and the login that owns it. rights are those of a provisioner, "" of the catalog login.
-func initDatabase(ctx context.Context, field, adminURL string, d DataSource, rights string) error {
+// initDatabase makes a database and the login that owns it. rights are those of a provisioner, "" of the catalog login. tablespace is that of tenants, "" none.
+func initDatabase(ctx context.Context, field, adminURL string, d DataSource, rights, tablespace string) error {
 	conn, err := connectAdmin(ctx, field, adminURL, "")
 	if err != nil {
 		return err
@@ -182,6 +182,9 @@ func initDatabase(ctx context.Context, field, adminURL string, d DataSource, rig
 		steps = append(steps,
 			"GRANT CONNECT, TEMPORARY ON DATABASE "+database+" TO "+group,
 			"GRANT "+group+" TO "+login+" WITH ADMIN OPTION")
+		if tablespace != "" {
+			steps = append(steps, grantTablespace(d, tablespace))
+		}
 	}
 	return execAll(ctx, conn, "init", steps)
 }

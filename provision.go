@@ -20,21 +20,22 @@ import (
 // place is where a tenant's data lives, with the roles around it: owner (holds the schema,
 // migrates), runtime (NOLOGIN, holds the grants) and source.User (the login, a member of runtime).
 type place struct {
-	tenant    Tenant // zero but for the UID when no tenant was created on it yet
-	id        int64
-	state     string // intent, made, dropped
-	isolation Isolation
-	version   int64
-	migrating int64 // the migration that was begun and may have died half-way, below 0: that was being taken back; 0: none
-	marked    bool  // the primary has another migrating than this, or has to be told of it again
-	pinned    int64 // the version that the tenant does not go beyond; 0: none
-	server    int64
-	source    DataSource
-	owner     string
-	runtime   string
-	fenced    bool
-	joined    bool   // its server's provisioner stays a member of its roles, for nodes of the release before
-	promised  *int64 // the tenant's ID, also where there is none yet; nil: the place was made before there were promises
+	tenant     Tenant // zero but for the UID when no tenant was created on it yet
+	id         int64
+	state      string // intent, made, dropped
+	isolation  Isolation
+	version    int64
+	migrating  int64 // the migration that was begun and may have died half-way, below 0: that was being taken back; 0: none
+	marked     bool  // the primary has another migrating than this, or has to be told of it again
+	pinned     int64 // the version that the tenant does not go beyond; 0: none
+	server     int64
+	source     DataSource
+	owner      string
+	runtime    string
+	tablespace string // of its tables and indexes; "": the database's own
+	fenced     bool
+	joined     bool   // its server's provisioner stays a member of its roles, for nodes of the release before
+	promised   *int64 // the tenant's ID, also where there is none yet; nil: the place was made before there were promises
 
 	dense      bool   // its tenant's calls go through a shared pool
 	denseRole  string // that the pool's sessions take; "": none was made
@@ -74,12 +75,12 @@ func (c *Catalog) readPlace(ctx context.Context, where string, arg any) (*place,
 	p := place{}
 	var sealed, provisioner []byte
 	db := c.tn.primary
-	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.sealed,
+	t, err := db.scanTenant(db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, d.id, d.state, d.isolation, d.version, d.server, d.owner, d.runtime, d.tablespace, d.sealed,
 		d.next_login, d.next_sealed, d.old_login, d.promised, d.dense, d.dense_role, coalesce(l.login, ''), t.fenced IS NOT NULL, s.pooler, s.pooler_tls, s.provisioner,
 		coalesce(d.migrating, 0), coalesce(t.pinned, 0), `+nodesThatJoin+`
 		FROM tenancy.tenants t JOIN tenancy.data_sources d ON d.id = t.data_source JOIN tenancy.servers s ON s.id = d.server
 		LEFT JOIN tenancy.dense_logins l ON l.server = d.server AND l.isolation = d.isolation
-		WHERE `+where, arg), &p.id, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &sealed,
+		WHERE `+where, arg), &p.id, &p.state, &p.isolation, &p.version, &p.server, &p.owner, &p.runtime, &p.tablespace, &sealed,
 		&p.nextLogin, &p.nextSealed, &p.oldLogin, &p.promised, &p.dense, &p.denseRole, &p.denseLogin, &p.fenced, &p.pooler, &p.poolerTLS, &provisioner, &p.migrating, &p.pinned, &p.joined)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, ErrTenantNotFound
@@ -220,6 +221,9 @@ func (tn *Tenancy) makeAround(ctx context.Context, conn *pgx.Conn, p *place) err
 		if err != nil {
 			return err
 		}
+	}
+	if err := ask(ctx, conn, tablespaceChecks(p.provisioner, p.tablespace)); err != nil {
+		return err
 	}
 	if err := tn.makeRoles(ctx, conn, p); err != nil {
 		return fmt.Errorf("make roles: %w", err)
@@ -415,8 +419,27 @@ func (c *Catalog) asOwner(ctx context.Context, provisioner *pgx.Conn, p *place, 
 	}
 	cc.RuntimeParams["search_path"] = searchPath(p.source.Schema, c.tn.cfg.Extensions, c.tn.cfg.ReferenceTables)
 	cc.RuntimeParams["application_name"] = "tenancy migration"
+	if err := p.setTablespace(ctx, provisioner, cc); err != nil {
+		return err
+	}
 	c.tn.servers.single(cc)
 	return fn(ctx, cc)
+}
+
+// setTablespace has what is made in a session of the owner's be in the place's tablespace. Where that is the database's own nothing is set, with which partitioned tables could
+// not be made. provisioner is in the place's database, which has its tablespace itself where it is the tenant's own.
+func (p *place) setTablespace(ctx context.Context, provisioner *pgx.Conn, cc *pgx.ConnConfig) error {
+	if p.tablespace == "" || p.isolation == IsolationDatabase {
+		return nil
+	}
+	var own bool
+	if err := provisioner.QueryRow(ctx, `SELECT t.spcname = $1 FROM pg_database d JOIN pg_tablespace t ON t.oid = d.dattablespace WHERE d.datname = current_database()`, p.tablespace).Scan(&own); err != nil {
+		return err
+	}
+	if !own {
+		cc.RuntimeParams["default_tablespace"] = p.tablespace
+	}
+	return nil
 }
 
 // takeBack ends the owner's right to log in, and its sessions.

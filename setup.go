@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/jackc/pgx/v5"
@@ -88,13 +89,13 @@ func (p *primaryDB) verify(ctx context.Context) error {
 }
 
 // verifyServer checks the provisioner and the tenants' database, asked as the provisioner, and with databases what tenants with a database of their own need.
-func verifyServer(ctx context.Context, servers *servers, d DataSource, extensions, databases bool) error {
+func verifyServer(ctx context.Context, servers *servers, d DataSource, tablespace string, extensions, databases bool) error {
 	conn, err := connectProvisioner(ctx, servers, d)
 	if err != nil {
 		return err
 	}
 	defer closeConn(conn)
-	err = ask(ctx, conn, serverChecks(d, extensions))
+	err = ask(ctx, conn, serverChecks(d, tablespace, extensions))
 	if !databases {
 		return err
 	}
@@ -110,7 +111,7 @@ func verifyServer(ctx context.Context, servers *servers, d DataSource, extension
 }
 
 // serverChecks are what has to be true of the provisioner and of the tenants' database, asked there as the provisioner.
-func serverChecks(d DataSource, extensions bool) []check {
+func serverChecks(d DataSource, tablespace string, extensions bool) []check {
 	login, database, group := ident.Quote(d.User), ident.Quote(d.Database), tenantsRole(d.Database)
 	me := `SELECT %s FROM pg_roles WHERE rolname = current_user`
 	checks := []check{
@@ -134,7 +135,26 @@ func serverChecks(d DataSource, extensions bool) []check {
 			fmt.Sprintf("the provisioner %q may not grant the role %q of all tenants", d.User, group),
 			fmt.Sprintf("GRANT %s TO %s WITH ADMIN OPTION;", ident.Quote(group), login)},
 	}
-	return append(checks, sharedChecks(d, group, extensions)...)
+	return slices.Concat(checks, tablespaceChecks(d, tablespace), sharedChecks(d, group, extensions))
+}
+
+// tablespaceChecks are what has to be true of the tablespace that tables of tenants are to be in, asked as the server's provisioner d; none of "".
+func tablespaceChecks(d DataSource, tablespace string) []check {
+	if tablespace == "" {
+		return nil
+	}
+	name, group := ident.Literal(tablespace), tenantsRole(d.Database)
+	return []check{
+		{`SELECT count(*) = 1 FROM pg_tablespace WHERE spcname = ` + name, fmt.Sprintf("the tablespace %q is missing", tablespace),
+			"CREATE TABLESPACE " + ident.Quote(tablespace) + " LOCATION '...'; -- an empty directory of the server's"},
+		{`SELECT has_tablespace_privilege(r.oid, t.oid, 'CREATE') AND has_tablespace_privilege(t.oid, 'CREATE') FROM pg_tablespace t, pg_roles r WHERE spcname = ` + name + ` AND rolname = ` + ident.Literal(group),
+			fmt.Sprintf("the role %q of all tenants, or the provisioner %q, may not create in the tablespace %q", group, d.User, tablespace), grantTablespace(d, tablespace) + ";"},
+	}
+}
+
+// grantTablespace is the statement by which tables and databases of tenants can be in the tablespace. It is given to all tenants once: parallel grants on one tablespace lose each other.
+func grantTablespace(d DataSource, tablespace string) string {
+	return "GRANT CREATE ON TABLESPACE " + ident.Quote(tablespace) + " TO " + ident.Quote(tenantsRole(d.Database)) + ", " + ident.Quote(d.User)
 }
 
 // everyone stands for PUBLIC, where a role is asked about.

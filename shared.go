@@ -16,23 +16,24 @@ import (
 // area is the one schema at a server of its tenants with [IsolationShared]. Its roles are in each place's row, too.
 type area struct {
 	schema, owner, runtime string
+	tablespace             string // as that of a place
 	state                  string // intent, made
 	version                int64  // of the service's migrations
 	migrating              int64  // as that of a place
 }
 
 // intendArea writes the area that is to be made at the server, or finds the one that is written. Nothing takes it back.
-func intendArea(ctx context.Context, tx pgx.Tx, server int64) (a area, err error) {
+func intendArea(ctx context.Context, tx pgx.Tx, server int64, tablespace string) (a area, err error) {
 	base := ident.NewPlace()
-	if _, err := tx.Exec(ctx, `INSERT INTO tenancy.shared_areas (server, schema, owner, runtime) VALUES ($1, $2, $3, $4) ON CONFLICT (server) DO NOTHING`, server, base, base+"_o", base+"_r"); err != nil {
+	if _, err := tx.Exec(ctx, `INSERT INTO tenancy.shared_areas (server, schema, owner, runtime, tablespace) VALUES ($1, $2, $3, $4, $5) ON CONFLICT (server) DO NOTHING`, server, base, base+"_o", base+"_r", tablespace); err != nil {
 		return a, err
 	}
 	return readArea(ctx, tx, server)
 }
 
 func readArea(ctx context.Context, q querier, server int64) (a area, err error) {
-	err = q.QueryRow(ctx, `SELECT schema, owner, runtime, state, version, coalesce(migrating, 0) FROM tenancy.shared_areas WHERE server = $1`, server).
-		Scan(&a.schema, &a.owner, &a.runtime, &a.state, &a.version, &a.migrating)
+	err = q.QueryRow(ctx, `SELECT schema, owner, runtime, tablespace, state, version, coalesce(migrating, 0) FROM tenancy.shared_areas WHERE server = $1`, server).
+		Scan(&a.schema, &a.owner, &a.runtime, &a.tablespace, &a.state, &a.version, &a.migrating)
 	return a, err
 }
 
@@ -169,6 +170,9 @@ func asArea(ctx context.Context, cc *pgx.ConnConfig, fn func(owner *pgx.Conn) er
 // makeArea makes the area's roles and its schema. The owner is one of those that may connect to the server's database; the group is not, because they
 // may make temporary objects.
 func makeArea(ctx context.Context, conn *pgx.Conn, p *place) error {
+	if err := ask(ctx, conn, tablespaceChecks(p.provisioner, p.tablespace)); err != nil {
+		return err
+	}
 	for _, role := range []string{p.owner, p.runtime} {
 		if err := makeRole(ctx, conn, role, "NOLOGIN"); err != nil {
 			return err

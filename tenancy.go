@@ -254,27 +254,27 @@ func (tn *Tenancy) singleTenant(ctx context.Context, name string) (ID, error) {
 // verifyServers registers Config.Server if no server is known and checks those with a
 // provisioner. One that cannot be reached is logged: its tenants wait for it, the others do not.
 func (tn *Tenancy) verifyServers(ctx context.Context) error {
-	sources, err := tn.primary.provisioners(ctx)
+	registered, err := tn.primary.provisioned(ctx)
 	if err != nil {
 		return err
 	}
 	databases := tn.cfg.Isolation == IsolationDatabase
-	if len(sources) == 0 && tn.cfg.Server != nil {
+	if len(registered) == 0 && tn.cfg.Server != nil {
 		s, d, err := tn.cfg.Server.parse()
 		if err != nil {
 			return err
 		}
-		if err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions, databases); err != nil {
+		if err := verifyServer(ctx, tn.servers, d, s.Tablespace, tn.cfg.Extensions, databases); err != nil {
 			return err
 		}
 		return tn.primary.registerServer(ctx, s, d)
 	}
-	for _, d := range sources {
-		err := verifyServer(ctx, tn.servers, d, tn.cfg.Extensions, databases)
+	for _, s := range registered {
+		err := verifyServer(ctx, tn.servers, s.provisioner, s.tablespace, tn.cfg.Extensions, databases)
 		if errors.Is(err, ErrSetup) {
 			return err
 		} else if err != nil {
-			tn.cfg.Logger.Warn("tenancy: a server could not be checked", "server", d.Address(), "error", err)
+			tn.cfg.Logger.Warn("tenancy: a server could not be checked", "server", s.provisioner.Address(), "error", err)
 		}
 	}
 	return nil

@@ -13,7 +13,7 @@ var files embed.FS
 const Schema = "tenancy"
 
 // Version is the newest version that this code knows; a primary with a higher one is refused.
-const Version = 12
+const Version = 13
 
 // Migrations returns the goose files, at the root of the returned file system.
 func Migrations() fs.FS {

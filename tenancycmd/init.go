@@ -20,6 +20,7 @@ func serverFlags(cmd *cobra.Command, s *tenancy.ServerConfig) {
 	f := cmd.Flags()
 	f.IntVar(&s.Weight, "weight", 0, "the server's share of new tenants; default 1, below 0: only those that name it")
 	f.IntVar(&s.Capacity, "capacity", 0, "tenants' places that it may have; 0: no limit")
+	f.StringVar(&s.Tablespace, "tablespace", "", "where tables of tenants are kept that are made from now on; default: the database's own")
 	f.StringVar(&s.Pooler, "pooler", "", "host:port of the pooler that its tenants' calls go through")
 	f.StringVar(&s.PoolerTLS, "pooler-tls", "", "disable, require, verify-ca or verify-full; default: as for any address")
 }
@@ -110,13 +111,14 @@ type serverJSON struct {
 	Weight      int    `json:"weight"`
 	Capacity    int    `json:"capacity"`
 	Places      int    `json:"places"`
+	Tablespace  string `json:"tablespace,omitempty"`
 	Pooler      string `json:"pooler,omitempty"`
 	Provisioner bool   `json:"provisioner"`
 }
 
 func (a *app) serverCommand() *cobra.Command {
 	var s tenancy.ServerConfig
-	add := &cobra.Command{Use: "add NAME", Short: "Register a server that init has set up, or change its weight, capacity and pooler", Args: cobra.ExactArgs(1), ValidArgsFunction: cobra.NoFileCompletions,
+	add := &cobra.Command{Use: "add NAME", Short: "Register a server that init has set up, or change its weight, capacity, tablespace and pooler", Args: cobra.ExactArgs(1), ValidArgsFunction: cobra.NoFileCompletions,
 		Long: "Register the server of TENANCY_SERVER_URL (" + serverURL + "). One that is registered is known by its address, and its name stays."}
 	serverFlags(add, &s)
 	add.RunE = a.runs(func(ctx context.Context, open *session, args []string) (err error) {

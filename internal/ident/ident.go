@@ -26,6 +26,7 @@ const (
 	maxDomain      = 253
 	maxLabel       = 63
 	maxSchema      = 48 // below PostgreSQL's 63, so that a derived name still fits
+	maxTablespace  = 63
 )
 
 // Slug reports whether s may be the unique name of a tenant: a lower-case ASCII letter, then up to
@@ -184,6 +185,20 @@ func Schema(s string) error {
 		if strings.HasPrefix(s, prefix) {
 			return fmt.Errorf("schema must not begin with %s, which is reserved", prefix)
 		}
+	}
+	return nil
+}
+
+// Tablespace reports whether s may name a tablespace that an administrator has made: 1 to 63 bytes of valid UTF-8 without control characters. Of the names that begin with
+// pg_, which are PostgreSQL's own, pg_default alone is one in which a table can be.
+func Tablespace(s string) error {
+	switch {
+	case s == "" || len(s) > maxTablespace:
+		return fmt.Errorf("tablespace must be 1 to %d bytes", maxTablespace)
+	case !utf8.ValidString(s) || strings.ContainsFunc(s, unprintable):
+		return errors.New("tablespace must be valid UTF-8 without control, line break or text direction characters")
+	case strings.HasPrefix(s, "pg_") && s != "pg_default":
+		return errors.New("tablespace must not begin with pg_, which is reserved, pg_default excepted")
 	}
 	return nil
 }

@@ -226,3 +226,17 @@ func readLiteral(s string, standardConformingStrings bool) (string, bool) {
 	}
 	return "", false
 }
+
+func TestTablespaceRefusesReservedNames(t *testing.T) {
+	t.Parallel()
+	for _, s := range []string{"fast", "Fast 1", `a"b`, "tenancy", "pg_default", "é", strings.Repeat("a", 63)} {
+		if err := ident.Tablespace(s); err != nil {
+			t.Errorf("Tablespace(%q) = %v", s, err)
+		}
+	}
+	for _, s := range []string{"", "pg_global", "pg_", "pg_fast", "a\x00", "a\nb", "\xff", strings.Repeat("a", 64)} {
+		if err := ident.Tablespace(s); err == nil {
+			t.Errorf("Tablespace(%q) accepted", s)
+		}
+	}
+}
