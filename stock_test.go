@@ -43,6 +43,7 @@ func stocked(tb testing.TB, f *tenancytest.Fleet, cfg tenancy.Config) *tenancy.T
 func awaitStock(tb testing.TB, f *tenancytest.Fleet, n int) {
 	tb.Helper()
 	primary := f.Admin(tb, "primary")
+	defer primary.Close(context.Background())
 	for end := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		if ready := inStock(tb, primary); len(ready) == n {
 			return
