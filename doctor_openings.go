@@ -31,9 +31,8 @@ const openings = `WITH RECURSIVE caller AS (SELECT oid, quote_ident(rolname) AS 
 			WHERE acl.grantee <> p.proowner AND (p.prosecdef OR p.oid IN (SELECT objoid FROM pg_init_privs WHERE classoid = 'pg_proc'::regclass))),
 	relation AS ( -- that callers have rights on, of the whole or of columns
 		SELECT c.oid, c.relnamespace AS namespace, n.nspname, c.relkind, c.reloptions, a.part, acl.privilege_type AS privilege, caller.oid AS grantee, caller.name
-			FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace,
-			LATERAL (SELECT 0 AS part, c.relacl AS acl UNION ALL SELECT attnum, attacl FROM pg_attribute WHERE attrelid = c.oid AND attacl IS NOT NULL) a,
-			aclexplode(a.acl) acl JOIN caller ON caller.oid = acl.grantee WHERE acl.grantee <> c.relowner AND c.relpersistence <> 't'),
+			FROM (SELECT oid, 0 AS part, relacl AS acl FROM pg_class UNION ALL SELECT attrelid, attnum, attacl FROM pg_attribute WHERE attacl IS NOT NULL) a
+			JOIN pg_class c ON c.oid = a.oid JOIN pg_namespace n ON n.oid = c.relnamespace, aclexplode(a.acl) acl JOIN caller ON caller.oid = acl.grantee WHERE acl.grantee <> c.relowner AND c.relpersistence <> 't'),
 	reach (oid, target) AS ( -- what a view, or a rule, leads to with its owner's rights
 		SELECT r.ev_class, d.refobjid FROM pg_rewrite r JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> r.ev_class WHERE r.ev_class >= 16384
 		UNION SELECT reach.oid, d.refobjid FROM reach JOIN pg_rewrite r ON r.ev_class = reach.target JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> r.ev_class)

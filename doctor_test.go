@@ -230,6 +230,7 @@ var faults = [][]fault{
 		{"tenants", `CREATE VIEW tenancy_ref.part AS SELECT * FROM {s:shared1}.notes; GRANT SELECT (id) ON tenancy_ref.part TO {r:shared1}`, "extension", tenancy.LevelFailure, "", "{r:shared1} may use tenancy_ref.part, which shows {s:shared1}.notes", ""},
 		{"tenants", `GRANT EXECUTE ON FUNCTION pg_read_file(text), lo_export(oid, text) TO {group}`, "extension", tenancy.LevelFailure, "", "{group} may call pg_read_file(text), which nobody may by default", ""},
 		{"tenants", `SELECT 1`, "extension", tenancy.LevelFailure, "", "{group} may call lo_export(oid,text), which nobody may by default", ""},
+		{"tenants", `ALTER POLICY tenancy_wall_delete ON {s:shared1}.notes USING (tenant_id = (SELECT {s:shared1}.tenancy_tenant()) OR 1 = 1)`, "rows", tenancy.LevelFailure, "", "notes has a wall that is not forced, or was changed", ""},
 		{"{db:database1}", `GRANT EXECUTE ON FUNCTION pg_ls_dir(text) TO PUBLIC`, "extension", tenancy.LevelFailure, "database1", "PUBLIC may call pg_ls_dir(text)", ""},
 		{"tenants", `GRANT SELECT (rolpassword) ON pg_authid TO {group}`, "extension", tenancy.LevelFailure, "", "{group} has SELECT on the system's pg_authid", ""},
 		{"{db:database2}", `GRANT SELECT ON pg_statistic TO PUBLIC`, "extension", tenancy.LevelFailure, "database2", "PUBLIC has SELECT on the system's pg_statistic", ""},

@@ -8,7 +8,8 @@ WITH relation AS (
         EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'tenancy_common') AS common,
         (SELECT count(*) FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname LIKE 'tenancy\_wall%' AND NOT p.polpermissive
             AND p.polroles = '{0}'
-            AND concat(p.polqual::text, p.polwithcheck::text) LIKE '%:funcid ' || (SELECT f.oid FROM pg_proc f WHERE f.pronamespace = n.oid AND f.proname = 'tenancy_tenant' AND f.pronargs = 1 AND f.proargtypes[0] = 'name'::regtype) || ' %') AS walls,
+            AND concat(p.polqual::text, p.polwithcheck::text) LIKE '%:funcid ' || (SELECT f.oid FROM pg_proc f WHERE f.pronamespace = n.oid AND f.proname = 'tenancy_tenant' AND f.pronargs = 1 AND f.proargtypes[0] = 'name'::regtype) || ' %'
+            AND CASE p.polcmd WHEN 'r' THEN p.polqual::text NOT LIKE '%{CONST :consttype 16 %' ELSE concat(p.polqual::text, p.polwithcheck::text) NOT LIKE '%{CONST %' END) AS walls, -- no OR true: constants are the readers' names alone
         has_any_column_privilege($3::text, c.oid, 'SELECT') AS reads,
         has_any_column_privilege($3, c.oid, 'INSERT, UPDATE') OR has_table_privilege($3, c.oid, 'DELETE') AS writes,
         has_table_privilege($3, c.oid, 'TRUNCATE, TRIGGER') OR has_any_column_privilege($3, c.oid, 'REFERENCES') AS more
