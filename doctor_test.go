@@ -578,6 +578,7 @@ func TestDoctorJudgesSettings(t *testing.T) {
 		{"in_recovery", "true", "", tenancy.LevelFailure, "is a standby"},
 		{"synchronous_commit", "off", "", tenancy.LevelWarning, "synchronous_commit is off"},
 		{"default_transaction_read_only", "on", "", tenancy.LevelFailure, "default_transaction_read_only is on"},
+		{"lo_compat_privileges", "on", "", tenancy.LevelFailure, "lo_compat_privileges is on"},
 		{"password_encryption", "md5", "", tenancy.LevelWarning, "password_encryption is md5"},
 		{"ssl", "off", "", tenancy.LevelWarning, "has no TLS"},
 		{"ssl", "off", "127.0.0.1", 0, ""},
