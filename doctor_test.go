@@ -32,13 +32,26 @@ type ill struct {
 
 func newIll(t *testing.T) *ill {
 	t.Helper()
-	h := &ill{Fleet: tenancytest.NewFleet(t), tenants: map[string]tenancy.Tenant{}}
+	h := &ill{Fleet: tenancytest.NewFleet(t, "citext", "pg_stat_statements"), tenants: map[string]tenancy.Tenant{}}
 	h.AllowDatabases(t)
 	for _, name := range []string{"primary", "tenants"} { // the test server commits for nobody but tests
 		admin := h.Admin(t, name)
 		must(t, admin, "ALTER DATABASE "+scan[string](t, admin, "SELECT quote_ident(current_database())")+" SET synchronous_commit = on")
 	}
 	h.tn = h.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationSchema, Logger: slog.New(slog.DiscardHandler)})
+	// What an operator may make, and a reader, are no faults.
+	provider, err := pgx.Connect(t.Context(), h.ServerURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	must(t, provider, "CREATE TABLE tenancy_ref.currencies (code text PRIMARY KEY, old boolean); CREATE VIEW tenancy_ref.current AS SELECT code FROM tenancy_ref.currencies WHERE NOT old")
+	must(t, provider, "CREATE FUNCTION tenancy_ref.known(text) RETURNS boolean LANGUAGE sql AS 'SELECT count(*) > 0 FROM tenancy_ref.currencies WHERE code = $1'")
+	if err := provider.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.tn.Catalog().AddReader(t.Context(), "main"); err != nil {
+		t.Fatal(err)
+	}
 	group := scan[string](t, h.Admin(t, "tenants"), "SELECT current_database()") + "_tenants"
 	pairs := []string{"{group}", group, "{tenants}", strings.TrimSuffix(group, "_tenants"), "{primary}", scan[string](t, h.Admin(t, "primary"), "SELECT current_database()")}
 	for _, of := range []struct {
