@@ -173,17 +173,18 @@ type ward struct {
 type doctorCheck struct {
 	name string
 	make func(ctx context.Context, w *ward) error
+	wall bool // of what is between tenants: it fails when it could not be made
 }
 
 var (
 	// sessionChecks are made at the primary and at each server, first of them whether the session is one.
-	sessionChecks = []doctorCheck{{"pooler", checkPooler}, {"version", checkVersion}, {"settings", checkSettings}, {"connections", checkConnections}, {"clock", checkClock}}
+	sessionChecks = []doctorCheck{{name: "pooler", make: checkPooler}, {name: "version", make: checkVersion}, {name: "settings", make: checkSettings}, {name: "connections", make: checkConnections}, {name: "clock", make: checkClock}}
 	// primaryChecks are made of what the primary says.
-	primaryChecks = []doctorCheck{{"primary", checkPrimary}, {"listen", checkListen}, {"keys", checkKeys}, {"nodes", checkNodes}, {"intent", checkIntents}, {"fence", checkFences}, {"migration", checkMigrations}}
+	primaryChecks = []doctorCheck{{name: "primary", make: checkPrimary}, {name: "listen", make: checkListen}, {name: "keys", make: checkKeys}, {name: "nodes", make: checkNodes}, {name: "intent", make: checkIntents}, {name: "fence", make: checkFences}, {name: "migration", make: checkMigrations}}
 	// wardChecks are made in each server's own database, of all that is the server's.
-	wardChecks = []doctorCheck{{"server", checkServer}, {"role", checkRoles}, {"membership", checkMemberships}, {"database", checkDatabases}, {"orphan", checkOrphans}}
+	wardChecks = []doctorCheck{{"server", checkServer, true}, {"role", checkRoles, true}, {"membership", checkMemberships, true}, {"database", checkDatabases, true}, {"orphan", checkOrphans, false}}
 	// insideChecks are made in each database with places of tenants, those of a place after what is around it.
-	insideChecks = []doctorCheck{{"extension", checkExtensions}, {"place", checkPlaces}, {"privilege", checkPrivileges}, {"owner", checkOwners}, {"rows", checkRows}, {"isolation", checkIsolation}}
+	insideChecks = []doctorCheck{{"extension", checkExtensions, true}, {"place", checkPlaces, true}, {"privilege", checkPrivileges, true}, {"owner", checkOwners, true}, {"rows", checkRows, true}, {"isolation", checkIsolation, true}}
 )
 
 // examine makes all checks. Servers are looked at side by side.
@@ -312,7 +313,11 @@ func (w *ward) make(ctx context.Context, checks []doctorCheck) {
 			if ctx.Err() != nil {
 				err = fmt.Errorf("%w: %w", ctx.Err(), err)
 			}
-			w.find(LevelWarning, "the check could not be made: "+withoutSecrets(err).Error(), "what it looks for may be there", "see what it says, and call Doctor again")
+			level := LevelWarning
+			if c.wall {
+				level = LevelFailure
+			}
+			w.find(level, "the check could not be made: "+withoutSecrets(err).Error(), "what it looks for may be there", "see what it says, and call Doctor again")
 		}
 		w.mu.Lock()
 		w.made[c.name] = true

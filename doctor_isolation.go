@@ -135,8 +135,11 @@ func checkRoles(ctx context.Context, w *ward) error {
 				w.of(r, LevelFailure, fmt.Sprintf("the %s %s may log in", r.kind, s.name), "it is no login: who has a password of it is no login that is fenced", "ALTER ROLE "+quoted+" NOLOGIN PASSWORD NULL;")
 			}
 		case "login":
-			w.checkLogin(r.place, s.name, s.login, s.limit, s.sessions)
+			w.checkLogin(r.place, s.name, s.login, s.ended, s.limit, s.sessions)
 		case "dense login":
+			if s.ended {
+				w.of(r, LevelFailure, fmt.Sprintf("the password of the shared pool's login %s has expired", s.name), "calls of all tenants of the pool fail", unending(s.name))
+			}
 			w.server.pools = w.server.pools || s.inherit || len(s.rights) > 0
 			if !s.login {
 				w.of(r, LevelFailure, fmt.Sprintf("the shared pool's login %s may not log in", s.name), "calls of all tenants of the pool fail", "ALTER ROLE "+quoted+" LOGIN;")
@@ -160,11 +163,19 @@ func checkRoles(ctx context.Context, w *ward) error {
 			w.of(r, LevelFailure, fmt.Sprintf("the %s %s is missing", r.kind, name), whyServed, mend)
 		}
 	}
-	return nil
+	if err := w.checkRoleSettings(ctx, roles); err != nil {
+		return err
+	}
+	return w.checkParameters(ctx)
+}
+
+// unending is the statement that lets a role's password be valid for good, as the library makes it.
+func unending(role string) string {
+	return "ALTER ROLE " + ident.Quote(role) + " VALID UNTIL 'infinity';"
 }
 
 // checkLogin looks at a login of a place: whether it is open as its tenant's state wants it.
-func (w *ward) checkLogin(p *doctorPlace, name string, open bool, limit, sessions int) {
+func (w *ward) checkLogin(p *doctorPlace, name string, open, ended bool, limit, sessions int) {
 	if !p.current || name != p.source.User {
 		return
 	}
@@ -173,6 +184,9 @@ func (w *ward) checkLogin(p *doctorPlace, name string, open bool, limit, session
 	case StateActive:
 		if !open {
 			w.ofPlace(p, LevelFailure, fmt.Sprintf("the login %s of a tenant in service may not log in", name), whyServed, "ALTER ROLE "+quoted+" LOGIN;")
+		}
+		if ended {
+			w.ofPlace(p, LevelFailure, fmt.Sprintf("the password of the login %s of a tenant in service has expired", name), whyServed, unending(name))
 		}
 	case StateSuspended, StateMaintenance, StateDeleted:
 		was := w.check
@@ -236,7 +250,7 @@ func checkMemberships(ctx context.Context, w *ward) error {
 	rows, _ := w.conn.Query(ctx, `SELECT r.rolname::text, m.rolname::text, CASE WHEN current_setting('server_version_num')::int >= 160000 THEN coalesce(g.rolname::text, '') ELSE '' END,
 			coalesce((to_jsonb(a) ->> 'inherit_option')::boolean, m.rolinherit), m.rolsuper
 		FROM pg_auth_members a JOIN pg_roles r ON r.oid = a.roleid JOIN pg_roles m ON m.oid = a.member LEFT JOIN pg_roles g ON g.oid = a.grantor
-		WHERE r.rolname = ANY($1) OR m.rolname = ANY($1) ORDER BY 1, 2`, roleNames(roles))
+		WHERE r.rolname = ANY($1) OR m.rolname = ANY($1) OR m.rolname = $2 ORDER BY 1, 2`, roleNames(roles), group) // the group of all tenants is a member of nothing
 	var e edge
 	var grantor string
 	var inherits, super bool
@@ -333,12 +347,19 @@ func checkDatabases(ctx context.Context, w *ward) error {
 	return err
 }
 
-// checkOrphans looks for what has a name of the library's and is the provisioner's, and no place of the primary has.
+// checkOrphans looks for what has a name of the library's and is of this server's own, and no place of the primary has. Roles are those of all databases of the PostgreSQL server, of which others
+// can be another service's: a role is of this one where the provisioner is a member of it, as it is from PostgreSQL 16 on of what it made, or where it is one of the tenants, or owns or may use something in the database.
 func checkOrphans(ctx context.Context, w *ward) error {
+	groups := []string{tenantsRole(w.server.provisioner.Database)}
+	for _, a := range w.server.areas {
+		groups = append(groups, a.runtime)
+	}
 	rows, _ := w.conn.Query(ctx, `SELECT 'schema', nspname::text FROM pg_namespace WHERE nspname ~ '^t_[0-9a-f]{20}$'
 		UNION ALL SELECT 'database', datname::text FROM pg_database WHERE datname ~ '^t_[0-9a-f]{20}$' AND pg_get_userbyid(datdba) = current_user
-		UNION ALL SELECT 'role', r.rolname::text FROM pg_roles r WHERE r.rolname ~ '^t_[0-9a-f]{20}' AND EXISTS (SELECT FROM pg_auth_members m JOIN pg_roles me ON me.oid = m.member WHERE m.roleid = r.oid AND me.rolname = current_user)
-		ORDER BY 1, 2`)
+		UNION ALL SELECT 'role', r.rolname::text FROM pg_roles r WHERE r.rolname ~ '^t_[0-9a-f]{20}' AND (EXISTS (SELECT FROM pg_auth_members m JOIN pg_roles me ON me.oid = m.member WHERE m.roleid = r.oid AND me.rolname = current_user)
+			OR EXISTS (SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid WHERE m.member = r.oid AND g.rolname = ANY($1))
+			OR EXISTS (SELECT FROM pg_shdepend s WHERE s.refclassid = 'pg_authid'::regclass AND s.refobjid = r.oid AND s.dbid = (SELECT oid FROM pg_database WHERE datname = current_database())))
+		ORDER BY 1, 2`, groups)
 	type thing struct{ Kind, Name string }
 	all, err := pgx.CollectRows(rows, pgx.RowToStructByPos[thing])
 	if err != nil {
@@ -375,27 +396,6 @@ func checkOrphans(ctx context.Context, w *ward) error {
 			w.within(mend)+", after a look at what is in it")
 	}
 	return nil
-}
-
-// checkExtensions looks at what, in a database of tenants, leads out of it or runs with more rights than who calls it.
-func checkExtensions(ctx context.Context, w *ward) error {
-	rows, _ := w.conn.Query(ctx, `SELECT 2, format('extension %s is there', extname), 'its functions open connections, or files, as the server''s own user: a tenant may reach what has nothing to do with the service', format('DROP EXTENSION %I;', extname)
-			FROM pg_extension WHERE extname IN ('dblink', 'postgres_fdw', 'file_fdw', 'adminpack')
-		UNION ALL SELECT 1, format('language %s is not trusted', lanname), 'what is written in it does what the server''s own user can do; only a superuser can write it', format('DROP LANGUAGE %I;', lanname)
-			FROM pg_language WHERE lanispl AND NOT lanpltrusted
-		UNION ALL SELECT 2, format('event trigger %s is there', evtname), 'it runs in sessions of the provisioner and of tenants'' owners, with their rights', format('DROP EVENT TRIGGER %I;', evtname)
-			FROM pg_event_trigger t WHERE evtenabled <> 'D' AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_event_trigger'::regclass AND d.objid = t.oid AND d.deptype = 'e')
-		UNION ALL SELECT 2, format('everyone may call %s, which works with the rights of the superuser %s', p.oid::regprocedure, r.rolname), 'a mistake in it makes a tenant a superuser', format('REVOKE ALL ON ROUTINE %s FROM PUBLIC;', p.oid::regprocedure)
-			FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner WHERE prosecdef AND r.rolsuper AND pronamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
-			AND has_function_privilege('public', p.oid, 'EXECUTE') AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e')
-		ORDER BY 2`)
-	var level Level
-	var what, why, mend string
-	_, err := pgx.ForEachRow(rows, []any{&level, &what, &why, &mend}, func() error {
-		w.inDatabase(level, what, why, w.within(mend))
-		return nil
-	})
-	return err
 }
 
 // inDatabase is a finding at a database: its tenant's, where it has only one.
@@ -497,8 +497,8 @@ const grants = `WITH schema AS (SELECT oid, nspname, nspowner, nspacl FROM pg_na
 		SELECT nspname, 'schema' AS kind, '' AS owner, acl.grantee FROM schema, aclexplode(nspacl) acl WHERE acl.grantee <> nspowner
 		UNION ALL SELECT nspname, CASE c.relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, '', acl.grantee FROM schema JOIN pg_class c ON c.relnamespace = schema.oid, aclexplode(c.relacl) acl WHERE acl.grantee <> c.relowner
 		UNION ALL SELECT nspname, 'table', '', acl.grantee FROM schema JOIN pg_class c ON c.relnamespace = schema.oid JOIN pg_attribute a ON a.attrelid = c.oid AND a.attacl IS NOT NULL, aclexplode(a.attacl) acl WHERE acl.grantee <> c.relowner
-		UNION ALL SELECT nspname, CASE d.defaclobjtype WHEN 'S' THEN 'sequences to come' ELSE 'tables to come' END, pg_get_userbyid(d.defaclrole)::text, acl.grantee
-			FROM schema JOIN pg_default_acl d ON d.defaclnamespace = schema.oid AND d.defaclobjtype IN ('r', 'S'), aclexplode(d.defaclacl) acl)
+		UNION ALL SELECT nspname, CASE d.defaclobjtype WHEN 'S' THEN 'sequences to come' ELSE 'tables to come' END || CASE d.defaclnamespace WHEN 0 THEN ' anywhere' ELSE '' END, pg_get_userbyid(d.defaclrole)::text, acl.grantee
+			FROM schema JOIN pg_default_acl d ON (d.defaclnamespace = schema.oid OR d.defaclnamespace = 0 AND d.defaclrole = schema.nspowner) AND d.defaclobjtype IN ('r', 'S'), aclexplode(d.defaclacl) acl WHERE acl.grantee <> d.defaclrole)
 	SELECT nspname::text, kind, owner, coalesce(r.rolname::text, ''), coalesce(r.rolsuper, false), count(*) FROM acl LEFT JOIN pg_roles r ON r.oid = acl.grantee GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4`
 
 // checkPrivileges looks for what was granted to whom the library grants nothing.
@@ -540,12 +540,18 @@ func checkPrivileges(ctx context.Context, w *ward) error {
 		default:
 			of, _, _ := strings.Cut(kind, " ")
 			what = fmt.Sprintf("%s will have rights on %s of %s in schema %s", who, kind, owner, schema)
+			if strings.HasSuffix(kind, " anywhere") { // they are of no schema
+				in = ""
+			}
 			mend = "ALTER DEFAULT PRIVILEGES FOR ROLE " + ident.Quote(owner) + in + " REVOKE ALL ON " + strings.ToUpper(of) + " FROM " + to + ";"
 		}
 		w.at(p, level, what, why, w.within(mend))
 		return nil
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	return w.checkLargeObjects(ctx)
 }
 
 // checkOwners looks for what in a schema is not its owner's.
@@ -620,7 +626,7 @@ func checkIsolation(ctx context.Context, w *ward) error {
 				if ctx.Err() != nil {
 					return err
 				}
-				w.ofPlace(p, LevelWarning, "the check could not be made: "+err.Error(), "what it looks for may be there", "see what it says, and call Doctor again")
+				w.ofPlace(p, LevelFailure, "the check could not be made: "+err.Error(), "what it looks for may be there", "see what it says, and call Doctor again")
 			}
 		}
 	}

@@ -31,7 +31,7 @@ func (w *ward) readSettings(ctx context.Context) error {
 		return nil
 	}
 	rows, _ := w.conn.Query(ctx, `SELECT name, setting, source FROM pg_settings WHERE name IN ('server_version_num', 'server_version', 'synchronous_commit', 'password_encryption', 'ssl',
-			'default_transaction_read_only', 'max_connections', 'superuser_reserved_connections', 'reserved_connections')
+			'default_transaction_read_only', 'lo_compat_privileges', 'max_connections', 'superuser_reserved_connections', 'reserved_connections')
 		UNION ALL SELECT 'in_recovery', pg_is_in_recovery()::text, ''`)
 	settings := map[string]setting{}
 	var name string
@@ -78,9 +78,13 @@ func checkSettings(ctx context.Context, w *ward) error {
 	}{
 		{"synchronous_commit", "off", LevelWarning, "what callers were told is committed is lost when the server dies: at the primary a suspension, or the way to a tenant's new place", database + " SET synchronous_commit = on;"},
 		{"default_transaction_read_only", "on", LevelFailure, "each write is refused", "BEGIN READ WRITE; " + database + " SET default_transaction_read_only = off; COMMIT;"},
+		{"lo_compat_privileges", "on", LevelFailure, "a tenant may read and write the large objects of the others", "ALTER SYSTEM SET lo_compat_privileges = off; SELECT pg_reload_conf();"},
 		{"password_encryption", "md5", LevelWarning, "a password that is set by hand is kept as MD5, which is as good as the password to who reads it; the library's own are SCRAM", "ALTER SYSTEM SET password_encryption = 'scram-sha-256'; SELECT pg_reload_conf();"},
 	} {
 		if is := w.settings[s.name]; is.value == s.bad {
+			if s.name == "lo_compat_privileges" && (is.source == "global" || strings.HasPrefix(is.source, "database") || is.source == "user") {
+				continue // checkRoles tells whose it is
+			}
 			mend := s.set
 			switch is.source { // whatever says it
 			case "user":
@@ -255,15 +259,22 @@ func checkKeys(ctx context.Context, w *ward) error {
 	return err
 }
 
+// checkNodes counts the nodes that take callers. This one is among them where it has an address or a tenant's pool: a process that only calls Doctor, as the command does, takes none.
 func checkNodes(ctx context.Context, w *ward) error {
 	rows, _ := w.tn.primary.pool.Query(ctx, `SELECT id::text, name, extract(epoch FROM now() - seen)::float8, seen <= now() - $1::interval FROM tenancy.nodes ORDER BY name, id`, nodeSilence.String())
 	var id, name string
 	var age float64
 	var silent bool
-	living := 0
+	own, serves, living := w.tn.feed.node.String(), w.tn.cfg.NodeAddress != "", 0
+	for range w.tn.Stats() {
+		serves = true
+		break
+	}
 	_, err := pgx.ForEachRow(rows, []any{&id, &name, &age, &silent}, func() error {
 		if !silent {
-			living++
+			if id != own || serves {
+				living++
+			}
 			return nil
 		}
 		w.find(LevelWarning, fmt.Sprintf("node %s (%s) has been silent for %v", name, id, time.Duration(age*float64(time.Second)).Round(time.Second)), "it is paused, cut off or dead: it serves what it knew then, and fences do not wait for it",

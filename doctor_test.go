@@ -32,13 +32,26 @@ type ill struct {
 
 func newIll(t *testing.T) *ill {
 	t.Helper()
-	h := &ill{Fleet: tenancytest.NewFleet(t), tenants: map[string]tenancy.Tenant{}}
+	h := &ill{Fleet: tenancytest.NewFleet(t, "citext", "pg_stat_statements"), tenants: map[string]tenancy.Tenant{}}
 	h.AllowDatabases(t)
 	for _, name := range []string{"primary", "tenants"} { // the test server commits for nobody but tests
 		admin := h.Admin(t, name)
 		must(t, admin, "ALTER DATABASE "+scan[string](t, admin, "SELECT quote_ident(current_database())")+" SET synchronous_commit = on")
 	}
 	h.tn = h.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationSchema, Logger: slog.New(slog.DiscardHandler)})
+	// What an operator may make, and a reader, are no faults.
+	provider, err := pgx.Connect(t.Context(), h.ServerURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	must(t, provider, "CREATE TABLE tenancy_ref.currencies (code text PRIMARY KEY, old boolean); CREATE VIEW tenancy_ref.current AS SELECT code FROM tenancy_ref.currencies WHERE NOT old")
+	must(t, provider, "CREATE FUNCTION tenancy_ref.known(text) RETURNS boolean LANGUAGE sql AS 'SELECT count(*) > 0 FROM tenancy_ref.currencies WHERE code = $1'")
+	if err := provider.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.tn.Catalog().AddReader(t.Context(), "main"); err != nil {
+		t.Fatal(err)
+	}
 	group := scan[string](t, h.Admin(t, "tenants"), "SELECT current_database()") + "_tenants"
 	pairs := []string{"{group}", group, "{tenants}", strings.TrimSuffix(group, "_tenants"), "{primary}", scan[string](t, h.Admin(t, "primary"), "SELECT current_database()")}
 	for _, of := range []struct {
@@ -218,6 +231,32 @@ var faults = [][]fault{
 		{"tenants", `CREATE FUNCTION public.noop() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END'; CREATE EVENT TRIGGER noop ON ddl_command_end EXECUTE FUNCTION public.noop()`, "extension", tenancy.LevelWarning, "", "event trigger noop is there", ""},
 		{"{db:database1}", `UPDATE pg_catalog.pg_language SET lanpltrusted = false WHERE lanname = 'plpgsql'`, "extension", tenancy.LevelNote, "database1", "language plpgsql is not trusted", `UPDATE pg_catalog.pg_language SET lanpltrusted = true WHERE lanname = 'plpgsql'`},
 		{"tenants", `CREATE FUNCTION public.risky() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1'`, "extension", tenancy.LevelWarning, "", "risky(), which works with the rights of the superuser", ""},
+	}, {
+		{"tenants", `GRANT pg_read_all_data TO {group}`, "membership", tenancy.LevelFailure, "", "{group} is a member of pg_read_all_data", ""},
+		{"tenants", `CREATE FUNCTION tenancy_ref.peek() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1'; ALTER FUNCTION tenancy_ref.peek() OWNER TO {provisioner}`, "extension", tenancy.LevelWarning, "", "PUBLIC may call tenancy_ref.peek(), which works with the rights of the provisioner", ""},
+		{"tenants", `CREATE FUNCTION public.chosen() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1'; REVOKE ALL ON FUNCTION public.chosen() FROM PUBLIC; GRANT EXECUTE ON FUNCTION public.chosen() TO {group}, {l:dense1}`,
+			"extension", tenancy.LevelWarning, "", "public.chosen(), which works with the rights of the superuser", ""},
+		{"tenants", `CREATE SCHEMA common; GRANT USAGE ON SCHEMA common TO PUBLIC; CREATE FUNCTION common.take() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1'; ALTER FUNCTION common.take() OWNER TO {o:schema1}`,
+			"extension", tenancy.LevelFailure, "", "PUBLIC may call common.take(), which works with the rights of {o:schema1}", ""},
+		{"tenants", `CREATE VIEW tenancy_ref.leak AS SELECT * FROM {s:schema2}.notes; CREATE VIEW tenancy_ref.deep AS SELECT * FROM tenancy_ref.leak; GRANT SELECT ON tenancy_ref.deep TO {group}`,
+			"extension", tenancy.LevelFailure, "", "{group} may use tenancy_ref.deep, which shows {s:schema2}.notes", ""},
+		{"tenants", `CREATE VIEW tenancy_ref.part AS SELECT * FROM {s:shared1}.notes; GRANT SELECT (id) ON tenancy_ref.part TO {r:shared1}`, "extension", tenancy.LevelFailure, "", "{r:shared1} may use tenancy_ref.part, which shows {s:shared1}.notes", ""},
+		{"tenants", `GRANT EXECUTE ON FUNCTION pg_read_file(text), lo_export(oid, text) TO {group}`, "extension", tenancy.LevelFailure, "", "{group} may call pg_read_file(text), which nobody may by default", ""},
+		{"tenants", `SELECT 1`, "extension", tenancy.LevelFailure, "", "{group} may call lo_export(oid,text), which nobody may by default", ""},
+		{"tenants", `ALTER POLICY tenancy_wall_delete ON {s:shared1}.notes USING (tenant_id = (SELECT {s:shared1}.tenancy_tenant()) OR 1 = 1)`, "rows", tenancy.LevelFailure, "", "notes has a wall that is not forced, or was changed", ""},
+		{"{db:database1}", `GRANT EXECUTE ON FUNCTION pg_ls_dir(text) TO PUBLIC`, "extension", tenancy.LevelFailure, "database1", "PUBLIC may call pg_ls_dir(text)", ""},
+		{"tenants", `GRANT SELECT (rolpassword) ON pg_authid TO {group}`, "extension", tenancy.LevelFailure, "", "{group} has SELECT on the system's pg_authid", ""},
+		{"{db:database2}", `GRANT SELECT ON pg_statistic TO PUBLIC`, "extension", tenancy.LevelFailure, "database2", "PUBLIC has SELECT on the system's pg_statistic", ""},
+		{"tenants", `CREATE TABLE tenancy_ref.countries (code text); GRANT UPDATE (code) ON tenancy_ref.countries TO {group}`, "extension", tenancy.LevelWarning, "", "{group} has UPDATE on tenancy_ref.countries", ""},
+		{"tenants", `ALTER DEFAULT PRIVILEGES FOR ROLE {o:schema2} GRANT SELECT ON TABLES TO {l:schema1}`, "privilege", tenancy.LevelFailure, "schema2", "{l:schema1} of tenant schema1 will have rights on tables to come anywhere", ""},
+		{"tenants", `SELECT lo_create(4711); ALTER LARGE OBJECT 4711 OWNER TO {l:schema1}; GRANT SELECT ON LARGE OBJECT 4711 TO PUBLIC`, "privilege", tenancy.LevelFailure, "schema1", "PUBLIC has rights on 1 large objects of {l:schema1}", ""},
+		{"tenants", `ALTER ROLE {l:tight1} VALID UNTIL '2020-01-01'`, "role", tenancy.LevelFailure, "tight1", "the password of the login {l:tight1} of a tenant in service has expired", ""},
+		{"tenants", `ALTER ROLE {pool} VALID UNTIL '2020-01-01'`, "role", tenancy.LevelFailure, "", "the password of the shared pool's login {pool} has expired", ""},
+		{"tenants", `ALTER ROLE {l:dense2} IN DATABASE {tenants} SET search_path = public, {s:dense2}`, "role", tenancy.LevelFailure, "dense2", "has search_path set to public", ""},
+		{"tenants", `ALTER ROLE {l:shared1} SET row_security = off`, "role", tenancy.LevelWarning, "shared1", "has row_security set to off", ""},
+		{"tenants", `ALTER DATABASE {tenants} SET lo_compat_privileges = on`, "role", tenancy.LevelFailure, "", "database {tenants} has lo_compat_privileges set to on", ""},
+		{"tenants", `CREATE ROLE t_0123456789abcdef0124_l1; GRANT {group} TO t_0123456789abcdef0124_l1`, "orphan", tenancy.LevelWarning, "", "role t_0123456789abcdef0124_l1 is of no place", ""},
+		{"tenants", `CREATE ROLE t_0123456789abcdef0125_r; GRANT USAGE ON SCHEMA tenancy_ref TO t_0123456789abcdef0125_r`, "orphan", tenancy.LevelWarning, "", "role t_0123456789abcdef0125_r is of no place", ""},
 	},
 }
 
@@ -270,7 +309,35 @@ func TestDoctorFindsEachFault(t *testing.T) {
 		}
 		h.wantHealthy(t, fmt.Sprintf("after wave %d", n))
 	}
-	if scan[int](t, h.Admin(t, "tenants"), "SELECT current_setting('server_version_num')::int / 10000") < 16 {
+	// A tenant's transaction that holds its table hides nothing, and what of a wall could not be asked is a failure.
+	h.exec(t, "tenants", `ALTER TABLE {s:shared1}.notes NO FORCE ROW LEVEL SECURITY`)
+	holder := login(t, h.tn, h.tenants["shared2"].ID)
+	must(t, holder, "BEGIN")
+	must(t, holder, h.names.Replace("LOCK TABLE {s:shared1}.notes IN ACCESS EXCLUSIVE MODE"))
+	_, all = h.doctor(t, h.tn)
+	wantFinding(t, all, "rows", "notes has a wall that is not forced", tenancy.LevelFailure)
+	must(t, holder, "ROLLBACK")
+	open, _ := find(all, "rows", "notes has a wall that is not forced")
+	h.mend(t, open)
+	admin := h.in(t, "tenants")
+	must(t, admin, "BEGIN")
+	must(t, admin, "LOCK TABLE pg_catalog.pg_default_acl IN ACCESS EXCLUSIVE MODE")
+	_, all = h.doctor(t, h.tn)
+	wantFinding(t, all, "privilege", "the check could not be made", tenancy.LevelFailure)
+	must(t, admin, "ROLLBACK")
+	h.wantHealthy(t, "without what held it")
+
+	major := scan[int](t, h.Admin(t, "tenants"), "SELECT current_setting('server_version_num')::int / 10000")
+	if major < 15 {
+		return // nobody can be granted a parameter
+	}
+	h.exec(t, "tenants", `GRANT ALTER SYSTEM ON PARAMETER lo_compat_privileges TO {group}`)
+	_, all = h.doctor(t, h.tn)
+	wantFinding(t, all, "role", h.names.Replace("{group} has ALTER SYSTEM on the server's parameter lo_compat_privileges"), tenancy.LevelFailure)
+	granted, _ := find(all, "role", "on the server's parameter lo_compat_privileges")
+	h.mend(t, granted)
+	h.wantHealthy(t, "after the parameter is the superuser's")
+	if major < 16 {
 		return // memberships do not say by themselves whether they are inherited
 	}
 	h.exec(t, "tenants", `GRANT {s:dense2} TO {pool} WITH INHERIT TRUE GRANTED BY {provisioner}`)
@@ -341,8 +408,21 @@ func TestDoctorLooksAtTheNodeItself(t *testing.T) {
 	}
 	wantFinding(t, found, "keys", `sealed with the older key "test"`, tenancy.LevelWarning)
 	wantFinding(t, found, "connections", "Limits.ServerConns is 5000", tenancy.LevelWarning)
-	wantFinding(t, found, "nodes", "2 nodes are alive, and Limits.Nodes is 1", tenancy.LevelWarning)
+	wantFinding(t, found, "nodes", "nothing found", tenancy.LevelOK) // this one only asks
 	wantFinding(t, found, "migration", "were not looked at", tenancy.LevelNote)
+	must(t, f.Admin(t, "primary"), "INSERT INTO tenancy.nodes (id, name, epoch) VALUES ('00000000-0000-4000-8000-000000000002', 'fellow/1', 0)")
+	if found, err = other.Doctor(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantFinding(t, found, "nodes", "2 nodes are alive, and Limits.Nodes is 1", tenancy.LevelWarning)
+	must(t, f.Admin(t, "primary"), "DELETE FROM tenancy.nodes WHERE name = 'fellow/1'")
+	if _, err := other.DB().Exec(tenancytest.Context(t, other, "globex"), "SELECT 1"); err != nil {
+		t.Fatal(err)
+	}
+	if found, err = other.Doctor(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantFinding(t, found, "nodes", "2 nodes are alive, and Limits.Nodes is 1", tenancy.LevelWarning) // it serves now
 	if _, err := other.Catalog().RotateKeys(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -511,6 +591,7 @@ func TestDoctorJudgesSettings(t *testing.T) {
 		{"in_recovery", "true", "", tenancy.LevelFailure, "is a standby"},
 		{"synchronous_commit", "off", "", tenancy.LevelWarning, "synchronous_commit is off"},
 		{"default_transaction_read_only", "on", "", tenancy.LevelFailure, "default_transaction_read_only is on"},
+		{"lo_compat_privileges", "on", "", tenancy.LevelFailure, "lo_compat_privileges is on"},
 		{"password_encryption", "md5", "", tenancy.LevelWarning, "password_encryption is md5"},
 		{"ssl", "off", "", tenancy.LevelWarning, "has no TLS"},
 		{"ssl", "off", "127.0.0.1", 0, ""},

@@ -32,10 +32,10 @@ func (a *app) doctorCommand() *cobra.Command {
 	var failOn string
 	var all bool
 	cmd := &cobra.Command{Use: "doctor", Short: "Look for what is wrong, and say what mends it", Args: cobra.NoArgs,
-		Long: "Look at the primary, at each server and at the walls between tenants, and say what is wrong, why it matters and what mends it. It only reads. With --json there is a line for each finding."}
+		Long: "Look at the primary, at each server and at the walls between tenants, and say what is wrong, why it matters and what mends it. It only reads. It judges by the service's own limits (TENANCY_SERVER_CONNS, TENANCY_NODES), and --conns changes nothing. With --json there is a line for each finding."}
 	cmd.Flags().StringVar(&failOn, "fail-on", "failure", "end with 5 at this level or a worse one: note, warning, failure")
 	cmd.Flags().BoolVar(&all, "all", false, "show the checks that have found nothing, too")
-	look := a.runs(func(ctx context.Context, s *session, _ []string) error {
+	look := a.runsWith(func() int { return wholeConns }, func(ctx context.Context, s *session, _ []string) error {
 		findings, err := s.tn.Doctor(ctx)
 		if err != nil {
 			return err

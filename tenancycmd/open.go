@@ -20,6 +20,8 @@ const (
 	baseConns    = 16
 	verbConns    = 5
 	primaryConns = 3
+	// wholeConns is that of a node, as the service has it: Doctor judges by the limits that it is opened with, and a budget is a bound and opens nothing.
+	wholeConns = -1
 )
 
 // session is a command at work on an open primary.
@@ -83,6 +85,9 @@ func (a *app) config(need int, log *slog.Logger) (tenancy.Config, error) {
 	cfg.CheckPrimaryOnly, cfg.Logger = !a.mayUpdate, log
 	l := &cfg.Limits
 	l.PrimaryConns = primaryConns
+	if need == wholeConns {
+		return cfg, nil
+	}
 	nodes := cmp.Or(l.Nodes, 1)
 	share := cmp.Or(l.ServerConns, 80) / nodes
 	l.ServerConns = min(share, cmp.Or(a.conns, need)) * nodes

@@ -244,6 +244,16 @@ func TestALifeOfATenant(t *testing.T) {
 	if out, _ := l.run(0, "doctor", "--all"); !strings.Contains(out, "ok: isolation") {
 		t.Errorf("doctor printed %q", out)
 	}
+	node := l.fleet.Open(t, tenancy.Config{}) // one of one: the command is none
+	t.Setenv("TENANCY_SERVER_CONNS", "5000")
+	said, _ := l.run(0, "doctor", "--all")
+	if !strings.Contains(said, "Limits.ServerConns is 5000") || !strings.Contains(said, "ok: nodes") {
+		t.Errorf("doctor printed %q", said)
+	}
+	t.Setenv("TENANCY_SERVER_CONNS", "")
+	if err := node.Close(); err != nil {
+		t.Fatal(err)
+	}
 	wall := func(sql string) {
 		if _, err := l.fleet.Admin(t, "tenants").Exec(t.Context(), sql); err != nil {
 			t.Fatal(err)

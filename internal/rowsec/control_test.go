@@ -1,8 +1,11 @@
 package rowsec_test
 
 import (
+	"errors"
 	"strings"
 	"testing"
+
+	"github.com/msmt-go/tenancy/internal/rowsec"
 )
 
 // controls take one guard away and repeat an attack, which then has to succeed: else the attack shows nothing.
@@ -17,6 +20,8 @@ var controls = []struct{ name, remove, attack, finds string }{
 	{"check_of_the_hosts_insert", `DROP POLICY tenancy_wall_insert ON plans`, `INSERT INTO plans (tenant_id, name) VALUES (NULL, 'x'); SELECT 'inserted'`, "inserted"},
 	{"check_of_the_hosts_update", `DROP POLICY tenancy_wall_update ON plans`, `UPDATE plans SET name = 'changed' WHERE tenant_id IS NULL RETURNING name`, "changed"},
 	{"check_of_the_hosts_delete", `DROP POLICY tenancy_wall_delete ON plans`, `DELETE FROM plans WHERE tenant_id IS NULL RETURNING name`, "free"},
+	{"wall_of_all", `ALTER POLICY tenancy_open ON notes USING (true); ALTER POLICY tenancy_wall ON notes USING (tenant_id = (SELECT tenancy_tenant()) OR true)`, `SELECT * FROM notes`, "b-secret"},
+	{"check_of_some_more", `ALTER POLICY tenancy_wall_insert ON notes WITH CHECK (tenant_id = (SELECT tenancy_tenant()) OR tenant_id = 8)`, `INSERT INTO notes (id, tenant_id, title) VALUES (90, 8, 'x'); SELECT 'inserted'`, "inserted"},
 	{"no_rights_on_what_nobody_protects", `GRANT SELECT ON forgotten TO {runtime}`, `SELECT * FROM forgotten`, "b-secret"},
 	{"no_rights_on_partitions", `GRANT SELECT ON events_2027 TO {runtime}`, `SELECT * FROM events_2027`, "b-secret"},
 	{"no_rights_on_the_map", `GRANT SELECT ON tenancy_map TO {runtime}`, `SELECT 'id ' || id FROM tenancy_map`, "id 8"},
@@ -71,6 +76,18 @@ func TestWithoutEachGuardTheAttackSucceeds(t *testing.T) {
 				t.Errorf("Verify says %v", err)
 			}
 		})
+	}
+}
+
+// What a tenant holds is looked at all the same.
+func TestVerifyWaitsForNoTenant(t *testing.T) {
+	t.Parallel()
+	h := newService(t)
+	must(t, h.owner, "REVOKE ALL ON owners_titles FROM "+h.Runtime+"; ALTER TABLE notes NO FORCE ROW LEVEL SECURITY")
+	must(t, h.prov, "SET lock_timeout = '100ms'")
+	must(t, h.as(h.a), "BEGIN; LOCK TABLE notes, pages IN ACCESS EXCLUSIVE MODE")
+	if err := h.Verify(t.Context(), h.prov); !errors.Is(err, rowsec.ErrUnsafe) || !strings.Contains(err.Error(), "notes has a wall that is not forced") {
+		t.Errorf("Verify says %v", err)
 	}
 }
 

@@ -1,13 +1,15 @@
 -- What stands open in schema $1 of owner $2 and runtime group $3, a line each, with the statement that closes it: nothing, when all is as it must be.
+-- Conditions are read as the server keeps them: pg_get_expr locks the table, which a tenant's transaction may hold.
 WITH relation AS (
     SELECT c.oid, c.relname, c.relkind, c.relrowsecurity AND c.relforcerowsecurity AS forced, c.relname LIKE 'tenancy\_%' AS ours, c.reloptions,
         EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'tenant_id' AND NOT a.attisdropped) AS has_tenant,
         EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'tenancy_wall') AS walled,
-        EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'tenancy_wall' AND pg_get_expr(p.polqual, p.polrelid) LIKE '%tenant_id IS NULL%') AS host,
+        EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'tenancy_wall' AND p.polqual::text LIKE '%{NULLTEST %:nulltesttype 0 %') AS host,
         EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'tenancy_common') AS common,
         (SELECT count(*) FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname LIKE 'tenancy\_wall%' AND NOT p.polpermissive
             AND p.polroles = '{0}'
-            AND concat(pg_get_expr(p.polqual, p.polrelid), pg_get_expr(p.polwithcheck, p.polrelid)) LIKE '%tenancy_tenant(%') AS walls,
+            AND concat(p.polqual::text, p.polwithcheck::text) LIKE '%:funcid ' || (SELECT f.oid FROM pg_proc f WHERE f.pronamespace = n.oid AND f.proname = 'tenancy_tenant' AND f.pronargs = 1 AND f.proargtypes[0] = 'name'::regtype) || ' %'
+            AND CASE p.polcmd WHEN 'r' THEN p.polqual::text NOT LIKE '%{CONST :consttype 16 %' ELSE concat(p.polqual::text, p.polwithcheck::text) NOT LIKE '%{CONST %' END) AS walls, -- no OR true: constants are the readers' names alone
         has_any_column_privilege($3::text, c.oid, 'SELECT') AS reads,
         has_any_column_privilege($3, c.oid, 'INSERT, UPDATE') OR has_table_privilege($3, c.oid, 'DELETE') AS writes,
         has_table_privilege($3, c.oid, 'TRUNCATE, TRIGGER') OR has_any_column_privilege($3, c.oid, 'REFERENCES') AS more
