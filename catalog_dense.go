@@ -197,17 +197,11 @@ func makeDenseLogin(ctx context.Context, conn *pgx.Conn, login DataSource) error
 	if err := makeRole(ctx, conn, login.User, "LOGIN NOINHERIT PASSWORD "+ident.Literal(verifier)); err != nil {
 		return err
 	}
-	steps := []string{"GRANT CONNECT ON DATABASE " + ident.Quote(login.Database) + " TO " + ident.Quote(login.User)}
-	for _, schema := range []string{extSchema, refSchema} { // for types that a pool's hook registers
-		var there bool
-		if err := conn.QueryRow(ctx, `SELECT to_regnamespace($1) IS NOT NULL`, schema).Scan(&there); err != nil {
-			return err
-		}
-		if there {
-			steps = append(steps, "GRANT USAGE ON SCHEMA "+schema+" TO "+ident.Quote(login.User))
-		}
+	steps, err := mayUse(ctx, conn, login.User) // for types that a pool's hook registers
+	if err != nil {
+		return err
 	}
-	return execAll(ctx, conn, opDense, steps)
+	return execAll(ctx, conn, opDense, append(steps, "GRANT CONNECT ON DATABASE "+ident.Quote(login.Database)+" TO "+ident.Quote(login.User)))
 }
 
 // openDense gives a role that was closed its rights again.
@@ -235,7 +229,11 @@ func (c *Catalog) openDense(ctx context.Context, conn *pgx.Conn, p *place) error
 
 // giveDense gives the place's role its rights, and the pool's login the role. The lock of the server's pools is held.
 func (c *Catalog) giveDense(ctx context.Context, conn *pgx.Conn, p *place) error {
-	if err := execAll(ctx, conn, opDense, []string{"GRANT " + ident.Quote(p.runtime) + " TO " + ident.Quote(p.denseRole), takeRole(conn, ident.Quote(p.denseRole), p.denseLogin)}); err != nil {
+	steps, err := mayUse(ctx, conn, p.denseRole)
+	if err != nil {
+		return err
+	}
+	if err := execAll(ctx, conn, opDense, append(steps, "GRANT "+ident.Quote(p.runtime)+" TO "+ident.Quote(p.denseRole), takeRole(conn, ident.Quote(p.denseRole), p.denseLogin))); err != nil {
 		return err
 	}
 	if p.isolation == IsolationShared {

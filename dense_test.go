@@ -170,3 +170,37 @@ func TestATenantMovesBetweenPoolsWhileItIsServed(t *testing.T) {
 		}
 	})
 }
+
+// TestASharedPoolSeesWhatAllTenantsShare: the extensions and the reference tables.
+func TestASharedPoolSeesWhatAllTenantsShare(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t, "citext")
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, Extensions: true, ReferenceTables: true})
+	provisioner := connectURL(t, f.ServerURL)
+	must(t, provisioner, `CREATE TABLE tenancy_ref.countries (code tenancy_ext.citext)`)
+	must(t, provisioner, `INSERT INTO tenancy_ref.countries VALUES ('at')`)
+	for _, isolation := range []tenancy.Isolation{tenancy.IsolationSchema, tenancy.IsolationShared} {
+		for _, name := range []string{"acme-", "globex-"} {
+			made, err := tn.Catalog().Create(t.Context(), tenancy.NewTenant{Name: name + string(isolation), Isolation: isolation})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := tn.Catalog().SetDense(t.Context(), made.ID, true); err != nil {
+				t.Fatal(err)
+			}
+			var n int
+			if err := tn.DB().QueryRow(tenancytest.Context(t, tn, made.Name), `SELECT count(*) FROM countries WHERE code = 'AT'::citext`).Scan(&n); err != nil || n != 1 {
+				t.Errorf("%s sees %d countries, %v", made.Name, n, err)
+			}
+		}
+	}
+	findings, err := tn.Doctor(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range findings {
+		if d.Level > tenancy.LevelNote && d.Check != "settings" {
+			t.Error(d)
+		}
+	}
+}

@@ -183,16 +183,11 @@ func makeArea(ctx context.Context, conn *pgx.Conn, p *place) error {
 		"GRANT " + ident.Quote(tenantsRole(p.source.Database)) + " TO " + ident.Quote(p.owner),
 		"GRANT CONNECT ON DATABASE " + database + " TO " + runtime,
 	}
-	for _, schema := range []string{extSchema, refSchema} {
-		var there bool
-		if err := conn.QueryRow(ctx, `SELECT to_regnamespace($1) IS NOT NULL`, schema).Scan(&there); err != nil {
-			return err
-		}
-		if there {
-			steps = append(steps, "GRANT USAGE ON SCHEMA "+schema+" TO "+runtime)
-		}
+	more, err := mayUse(ctx, conn, p.runtime)
+	if err != nil {
+		return err
 	}
-	if err := execAll(ctx, conn, "provision", steps); err != nil {
+	if err := execAll(ctx, conn, "provision", append(steps, more...)); err != nil {
 		return err
 	}
 	return makeSchema(ctx, conn, p)
@@ -291,4 +286,18 @@ func sharedStays(isolations ...Isolation) error {
 		return errSharedStays
 	}
 	return nil
+}
+
+// mayUse returns the statements that let a role, which is not of the tenants' group, use the schemas that all tenants share, where they are there.
+func mayUse(ctx context.Context, conn *pgx.Conn, role string) (steps []string, err error) {
+	for _, schema := range []string{extSchema, refSchema} {
+		var there bool
+		if err := conn.QueryRow(ctx, `SELECT to_regnamespace($1) IS NOT NULL`, schema).Scan(&there); err != nil {
+			return nil, err
+		}
+		if there {
+			steps = append(steps, "GRANT USAGE ON SCHEMA "+schema+" TO "+ident.Quote(role))
+		}
+	}
+	return steps, nil
 }
