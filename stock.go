@@ -20,9 +20,9 @@ const unclaimed = `NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source
 // migrated cannot be, but in a shared schema, which has one version for all.
 const stockReady = `d.stocked AND d.state = 'made' AND d.isolation = $1 AND (d.version = $3 OR d.isolation = 'shared' AND d.version > $3) AND d.migrating IS NULL AND ` + unclaimed
 
-// stockCount counts the places that are ready, and those that are on their way, apart from those with the ids $4. $2 is Config.Stock.
+// stockCount counts the places that are ready, and those that are on their way, apart from those with the ids $4 and those at servers $5. $2 is Config.Stock.
 const stockCount = `(SELECT count(*) FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE s.weight > 0 AND d.id <> ALL($4::bigint[])
-	AND (` + stockReady + ` OR d.stocked AND d.state = 'intent' AND d.isolation = $1 AND d.updated > now() - interval '1 hour' AND ` + unclaimed + `))`
+	AND (` + stockReady + ` OR d.stocked AND d.state = 'intent' AND d.isolation = $1 AND d.updated > now() - interval '1 hour' AND d.server <> ALL($5::bigint[]) AND ` + unclaimed + `))`
 
 // fillStock brings the stock to Config.Stock places, each migrated to the newest version: it finishes what a crash has left, migrates what is behind and makes
 // what is missing. Nodes that do it at once share the work. What is more than Config.Stock is not dropped: Create uses it up. Places at a server that takes only tenants which
@@ -36,7 +36,7 @@ func (c *Catalog) fillStock(ctx context.Context) error {
 	failed, down := []int64{}, []int64{} // places, servers
 	if _, err := pool.Exec(ctx, `UPDATE tenancy.data_sources SET state = 'intent', updated = now() WHERE stocked AND state = 'made' AND id IN (SELECT d.id FROM tenancy.data_sources d
 		WHERE d.stocked AND d.state = 'made' AND d.isolation = $1 AND d.version < $3 AND `+unclaimed+` ORDER BY d.id LIMIT greatest(0, $2 - `+stockCount+`))`,
-		isolation, c.tn.cfg.Stock, c.tn.migrations.newest(), failed); err != nil {
+		isolation, c.tn.cfg.Stock, c.tn.migrations.newest(), failed, down); err != nil {
 		return unavailable(opStock, err)
 	}
 	rows, _ := pool.Query(ctx, `SELECT d.id, d.server FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
