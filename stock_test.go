@@ -122,7 +122,7 @@ func TestAPlaceOfTheStockIsAsOneThatWasMade(t *testing.T) {
 		if i == 1 { // the second is made while there is no stock
 			must(t, f.Admin(t, "primary"), `UPDATE tenancy.data_sources SET stocked = false WHERE stocked`)
 		}
-		tenant, err := n.Catalog().Create(t.Context(), tenancy.NewTenant{Name: fmt.Sprintf("t%d", i)})
+		tenant, err := n.Catalog().Create(t.Context(), tenancy.NewTenant{Name: fmt.Sprintf("tenant%d", i)})
 		if err != nil {
 			t.Fatal(err)
 		}
