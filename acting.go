@@ -2,6 +2,7 @@ package tenancy
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"strings"
 	"time"
@@ -34,10 +35,10 @@ func (p *place) act(ctx context.Context, conn *pgx.Conn, roles ...string) (end f
 		return nil, err
 	}
 	return func() {
-		if p.joined {
+		if e, lost := errors.AsType[*Error](context.Cause(ctx)); p.joined || lost && e.Op == "lock" { // the tenant is in another verb's hands, which ends them
 			return
 		}
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), actTimeout)
+		ctx, cancel := afterwards(ctx, actTimeout)
 		defer cancel()
 		if conn.IsClosed() { // a cancelled statement closed it
 			fresh, err := p.provisionerConn(ctx)
@@ -55,11 +56,19 @@ func (p *place) act(ctx context.Context, conn *pgx.Conn, roles ...string) (end f
 // already keeps it.
 func actOnce(ctx context.Context, conn *pgx.Conn, roles []string, fn func() error) error {
 	for end := time.Now().Add(lockPatience); ; {
+		taken := false // a membership that the verb had which has ended it meanwhile
 		err := pgx.BeginFunc(ctx, conn, func(pgx.Tx) error {
-			rows, _ := conn.Query(ctx, `SELECT rolname::text FROM pg_roles r WHERE rolname = ANY($1) AND NOT EXISTS (SELECT FROM pg_auth_members m
-				WHERE m.roleid = r.oid AND m.grantor = m.member AND m.member = (SELECT oid FROM pg_roles WHERE rolname = current_user)) ORDER BY 1`, roles)
-			missing, err := pgx.CollectRows(rows, pgx.RowTo[string])
-			if err != nil {
+			rows, _ := conn.Query(ctx, `SELECT rolname::text, EXISTS (SELECT FROM pg_auth_members m
+				WHERE m.roleid = r.oid AND m.grantor = m.member AND m.member = (SELECT oid FROM pg_roles WHERE rolname = current_user)) FROM pg_roles r WHERE rolname = ANY($1) ORDER BY 1`, roles)
+			var missing []string
+			var role string
+			var held, kept bool
+			if _, err := pgx.ForEachRow(rows, []any{&role, &held}, func() error {
+				if kept = kept || held; !held {
+					missing = append(missing, role)
+				}
+				return nil
+			}); err != nil {
 				return err
 			}
 			if len(missing) > 0 {
@@ -68,14 +77,22 @@ func actOnce(ctx context.Context, conn *pgx.Conn, roles []string, fn func() erro
 				}
 			}
 			if err := fn(); err != nil {
+				taken = kept && isState(err, "42501")
 				return err
 			}
 			return endMemberships(ctx, conn, missing)
 		})
 		// A statement that is sent again in a transaction that has failed hears that it has.
-		again := isState(err, lockNotAvailable, "25P02", "23505") || overtaken(err)
+		again := isState(err, lockNotAvailable, "25P02", "23505") || overtaken(err) || taken
 		if !again || ctx.Err() != nil || time.Now().After(end) {
 			return err
+		}
+		if taken {
+			select {
+			case <-ctx.Done():
+				return err
+			case <-time.After(20 * time.Millisecond):
+			}
 		}
 	}
 }
@@ -100,8 +117,8 @@ func endMemberships(ctx context.Context, conn *pgx.Conn, roles []string) error {
 // nodesThatJoin is true in the primary while a node of a release lives whose provisioner has to be a member for good: it could not fence a tenant otherwise.
 const nodesThatJoin = `EXISTS (SELECT FROM tenancy.nodes WHERE NOT acts AND seen > now() - interval '1 minute')`
 
-// leftAtOnce is how many places one statement ends the memberships of.
-const leftAtOnce = 500
+// leftAtOnce is how many places one transaction makes or ends the memberships of: from PostgreSQL 16 on each role costs it a lock.
+const leftAtOnce = 50
 
 // endLeftMemberships ends the provisioners' memberships that a crash or the release before has left, of places that no verb is at work on.
 func (c *Catalog) endLeftMemberships(ctx context.Context) error {

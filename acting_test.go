@@ -138,3 +138,119 @@ func TestMembershipsThatWereLeftAreEndedWhereNoVerbIsAtWork(t *testing.T) {
 		t.Errorf("the provisioner is a member of %v", left)
 	}
 }
+
+func TestWhoHasLostTheTenantsLockEndsNoMembership(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, DrainTimeout: time.Minute, Isolation: tenancy.IsolationSchema})
+	admin, primary := f.Admin(t, "tenants"), f.Admin(t, "primary")
+	for _, name := range []string{"acme", "globex"} {
+		tenant := create(t, f, tn, name)
+		busy := login(t, tn, tenant.ID)
+		must(t, busy, `BEGIN`)
+		must(t, busy, `SELECT 1`)
+		ctx, cancel := context.WithCancel(t.Context())
+		suspended := make(chan error, 1)
+		go func() { suspended <- tn.Catalog().Suspend(ctx, tenant.ID, tenancy.Suspension{}) }()
+		until(t, 10*time.Second, "true", func() string {
+			return fmt.Sprint(len(actsFor(t, f, admin)) > 0 && !scan[bool](t, admin, `SELECT rolcanlogin FROM pg_roles WHERE rolname = $1`, placeOf(t, f, tenant.ID).Login))
+		})
+		want := 0
+		if name == "globex" { // the last, whose memberships stay
+			want = 2 // owner and login
+			must(t, primary, `SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`)
+		} else {
+			cancel()
+		}
+		if err := <-suspended; err == nil {
+			t.Errorf("%s: nothing was in the way of Suspend", name)
+		}
+		cancel()
+		if left := actsFor(t, f, admin); len(left) != want {
+			t.Errorf("%s: the provisioner is a member of %v, want %d", name, left, want)
+		}
+	}
+}
+
+func TestDropPlaceLocksThePlace(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationSchema})
+	primary, cat := f.Admin(t, "primary"), tn.Catalog()
+	acme := create(t, f, tn, "acme")
+	for key, id := range map[string]tenancy.ID{`'tenancy uid ' || uid`: 0, fmt.Sprintf(`'tenancy tenant %d'`, acme.ID): acme.ID} {
+		d, err := cat.Prepare(t.Context(), id, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		must(t, primary, `SELECT pg_advisory_lock(hashtextextended(`+key+`, 0)) FROM tenancy.data_sources WHERE schema = $1`, d.Schema)
+		wantError(t, cat.DropPlace(t.Context(), d), tenancy.ErrInProgress)
+		must(t, primary, `SELECT pg_advisory_unlock_all()`)
+		if err := cat.DropPlace(t.Context(), d); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestAMembershipThatAnotherVerbEndsIsMadeAgain(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationSchema})
+	admin, provisioner := f.Admin(t, "tenants"), connectURL(t, f.ServerURL)
+	owner := placeOf(t, f, create(t, f, tn, "acme").ID).Owner
+	create(t, f, tn, "globex")
+	must(t, provisioner, "GRANT "+owner+" TO "+fleetName(t, f)+"_provisioner"+with(t, f))
+	// It ends while the reader's rights are half given.
+	must(t, admin, `BEGIN`)
+	must(t, admin, `LOCK TABLE pg_default_acl IN ACCESS EXCLUSIVE MODE`)
+	added := make(chan error, 1)
+	go func() { _, err := tn.Catalog().AddReader(t.Context(), "main"); added <- err }()
+	until(t, 10*time.Second, "1", func() string {
+		return fmt.Sprint(scan[int](t, provisioner, `SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tenancy provisioner' AND wait_event_type = 'Lock' AND datname = current_database()`))
+	})
+	must(t, provisioner, "REVOKE "+owner+" FROM "+fleetName(t, f)+"_provisioner")
+	must(t, admin, `ROLLBACK`)
+	if err := <-added; err != nil {
+		t.Error(err)
+	}
+	if left := actsFor(t, f, admin); slices.Contains(left, owner) {
+		t.Errorf("the provisioner is a member of %v", left)
+	}
+}
+
+func TestDropReaderActsForAFewOwnersAtOnce(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationSchema})
+	admin := f.Admin(t, "tenants")
+	acme := placeOf(t, f, create(t, f, tn, "acme").ID)
+	create(t, f, tn, "globex")
+	d, err := tn.Catalog().AddReader(t.Context(), "main")
+	if err != nil {
+		t.Fatal(err)
+	}
+	must(t, admin, `CREATE FUNCTION `+acme.table("by_hand")+`() RETURNS int LANGUAGE sql AS 'SELECT 1'`)
+	must(t, admin, `ALTER FUNCTION `+acme.table("by_hand")+` OWNER TO `+acme.Owner)
+	must(t, admin, `GRANT EXECUTE ON FUNCTION `+acme.table("by_hand")+` TO `+d.User)
+	must(t, admin, fmt.Sprintf(`DO $$ DECLARE place text; BEGIN FOR i IN 1..70 LOOP
+		place := 't_' || left(md5(random()::text), 20);
+		EXECUTE format('CREATE ROLE %%I', place || '_o');
+		IF current_setting('server_version_num')::int >= 160000 THEN EXECUTE format('GRANT %%I TO %[1]s_provisioner WITH ADMIN OPTION', place || '_o'); END IF;
+		EXECUTE format('CREATE SCHEMA %%I AUTHORIZATION %%I', place, place || '_o');
+		EXECUTE format('GRANT USAGE ON SCHEMA %%I TO %[2]s', place);
+		END LOOP; END $$`, fleetName(t, f), d.User))
+	must(t, admin, `CREATE TABLE public.seen (owners int)`)
+	must(t, admin, fmt.Sprintf(`CREATE FUNCTION public.see() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
+		INSERT INTO public.seen SELECT count(*) FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.roleid
+			WHERE m.grantor = m.member AND m.member = '%s_provisioner'::regrole AND r.rolname ~ '^t_.*_o$'; END $$`, fleetName(t, f)))
+	must(t, admin, `CREATE EVENT TRIGGER see ON ddl_command_end WHEN TAG IN ('REVOKE', 'DROP OWNED') EXECUTE FUNCTION public.see()`)
+	if err := tn.Catalog().DropReader(t.Context(), "main"); err != nil {
+		t.Fatal(err)
+	}
+	if n := scan[int](t, admin, `SELECT coalesce(max(owners), 0) FROM public.seen`); n == 0 || n > 50 {
+		t.Errorf("the provisioner was a member of %d owners at once, want 1 to 50", n)
+	}
+	if left := actsFor(t, f, admin); len(left) != 0 || scan[bool](t, admin, `SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)`, d.User) {
+		t.Errorf("there is the reader, or the provisioner is a member of %v", left)
+	}
+}

@@ -338,11 +338,11 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 	if err != nil {
 		return fail(err)
 	}
-	ctx, done, err := c.beginDrop(ctx, p)
+	ctx, p, release, err := c.lockUnused(ctx, p) // it may be on its way, and who ends memberships keeps off
 	if err != nil {
 		return fail(err)
 	}
-	defer done()
+	defer release()
 	// Marked before it is dropped: from here on no tenant can take it, and the validity job finishes what a crash leaves.
 	err = pgx.BeginFunc(ctx, c.tn.primary.pool, func(tx pgx.Tx) error {
 		// The row is locked by a statement of its own: the next one sees the tenant that a move has just brought here.
@@ -363,16 +363,6 @@ func (c *Catalog) DropPlace(ctx context.Context, d DataSource) error {
 		return fail(err)
 	}
 	return nil
-}
-
-// beginDrop takes what a DropPlace needs. A place that is not made may be on its way: then it is locked.
-func (c *Catalog) beginDrop(ctx context.Context, p *place) (held context.Context, done func(), err error) {
-	if p.state == "intent" {
-		held, _, done, err = c.lockUnused(ctx, p)
-		return held, done, err
-	}
-	done, err = c.tn.primary.verb(ctx)
-	return ctx, done, err
 }
 
 // lockUnused locks the place as the Prepare that makes it does: errLocked says that one is at work. The place is read again.

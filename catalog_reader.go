@@ -470,10 +470,17 @@ func (c *Catalog) disown(ctx context.Context, r reader, database string) error {
 		return err
 	}
 	defer closeConn(conn)
-	var owners []string
-	err = conn.QueryRow(ctx, `SELECT coalesce(array_agg(DISTINCT o.rolname::text), '{}') FROM pg_roles r, pg_namespace n JOIN pg_roles o ON o.oid = n.nspowner
-		WHERE r.rolname = $1 AND o.rolname ~ '^t_[0-9a-f]{20}_o$' AND has_schema_privilege(r.oid, n.oid, 'USAGE')`, r.role).Scan(&owners)
+	owners, err := readerOwners(ctx, conn, r.role, `'pg_namespace'::regclass`)
 	if err != nil {
+		return err
+	}
+	for some := range slices.Chunk(owners, leftAtOnce) {
+		if err := actOnce(ctx, conn, some, func() error { return ungrantReader(ctx, conn, some, r.role) }); err != nil {
+			return err
+		}
+	}
+	// What is left was given by hand, or is a shared schema's.
+	if owners, err = readerOwners(ctx, conn, r.role, `s.classid`); err != nil {
 		return err
 	}
 	return actOnce(ctx, conn, owners, func() error {
@@ -483,4 +490,38 @@ func (c *Catalog) disown(ctx context.Context, r reader, database string) error {
 		}
 		return execDDL(ctx, conn, "DROP OWNED BY "+ident.Quote(r.role)+" CASCADE")
 	})
+}
+
+// readerOwners are the tenants' owners whose objects of a class the reader has rights on, in the session's database.
+func readerOwners(ctx context.Context, conn *pgx.Conn, role, class string) (owners []string, err error) {
+	err = conn.QueryRow(ctx, `SELECT coalesce(array_agg(DISTINCT o.rolname::text), '{}') FROM pg_shdepend s JOIN pg_roles r ON r.oid = s.refobjid JOIN pg_roles o ON o.oid = CASE s.classid
+			WHEN 'pg_namespace'::regclass THEN (SELECT nspowner FROM pg_namespace WHERE oid = s.objid)
+			WHEN 'pg_default_acl'::regclass THEN (SELECT defaclrole FROM pg_default_acl WHERE oid = s.objid)
+			WHEN 'pg_class'::regclass THEN (SELECT relowner FROM pg_class WHERE oid = s.objid)
+			WHEN 'pg_proc'::regclass THEN (SELECT proowner FROM pg_proc WHERE oid = s.objid)
+			WHEN 'pg_type'::regclass THEN (SELECT typowner FROM pg_type WHERE oid = s.objid) END
+		WHERE s.refclassid = 'pg_authid'::regclass AND r.rolname = $1 AND s.classid = `+class+` AND s.dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+		AND o.rolname ~ '^t_[0-9a-f]{20}_o$'`, role).Scan(&owners)
+	return owners, err
+}
+
+// ungrantReader takes back what grantReader has given in the schemas of the owners, for which conn acts.
+func ungrantReader(ctx context.Context, conn *pgx.Conn, owners []string, role string) error {
+	reader := ident.Quote(role)
+	rows, _ := conn.Query(ctx, `SELECT format('%I', n.nspname), format('%I', o.rolname), ARRAY(SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c
+			WHERE c.relnamespace = n.oid AND c.relowner = n.nspowner AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND EXISTS (SELECT FROM aclexplode(c.relacl) a WHERE a.grantee = r.oid))
+		FROM pg_roles r, pg_namespace n JOIN pg_roles o ON o.oid = n.nspowner WHERE r.rolname = $1 AND o.rolname = ANY($2)`, role, owners)
+	var steps, tables []string
+	var schema, owner string
+	if _, err := pgx.ForEachRow(rows, []any{&schema, &owner, &tables}, func() error {
+		steps = append(steps, "ALTER DEFAULT PRIVILEGES FOR ROLE "+owner+" IN SCHEMA "+schema+" REVOKE ALL ON TABLES FROM "+reader)
+		for some := range slices.Chunk(tables, 500) {
+			steps = append(steps, "REVOKE ALL ON TABLE "+strings.Join(some, ", ")+" FROM "+reader)
+		}
+		steps = append(steps, "REVOKE ALL ON SCHEMA "+schema+" FROM "+reader)
+		return nil
+	}); err != nil {
+		return err
+	}
+	return execAll(ctx, conn, "drop reader", steps)
 }

@@ -272,15 +272,14 @@ func (c *Catalog) declare(ctx context.Context, n *NewTenant, from *origin) (id I
 		} else if err != nil {
 			return err
 		}
-		switch {
-		case ready.source != 0:
-			if _, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET stocked = false, updated = now() WHERE id = $1`, source); err != nil {
-				return err
-			}
-		case n.DataSource == nil:
+		if source == 0 {
 			if source, err = c.intendPlace(ctx, tx, uid, id, n.Server, isolation); err != nil {
 				return err
 			}
+		} else if tag, err := tx.Exec(ctx, `UPDATE tenancy.data_sources SET stocked = false, updated = now() WHERE id = $1 AND state = 'made'`, source); err != nil {
+			return err
+		} else if tag.RowsAffected() == 0 { // DropPlace came before, or who migrates the stock
+			return errOvertaken
 		}
 		if from != nil {
 			if _, err := tx.Exec(ctx, `INSERT INTO tenancy.adoptions (data_source, schema, login) VALUES ($1, $2, $3)`, source, from.schema, from.login); err != nil {

@@ -123,7 +123,7 @@ func TestAPlaceOfTheStockIsAsOneThatWasMade(t *testing.T) {
 		if i == 1 { // the second is made while there is no stock
 			must(t, f.Admin(t, "primary"), `UPDATE tenancy.data_sources SET stocked = false WHERE stocked`)
 		}
-		tenant, err := n.Catalog().Create(t.Context(), tenancy.NewTenant{Name: fmt.Sprintf("t%d", i)})
+		tenant, err := n.Catalog().Create(t.Context(), tenancy.NewTenant{Name: fmt.Sprintf("tenant%d", i)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -286,5 +286,131 @@ func TestTheStockIsMigratedAndFinished(t *testing.T) {
 	}
 	if _, err := behind.DB().Exec(tenancytest.Context(t, behind, "globex"), `INSERT INTO notes (tenant, title, more) VALUES ('globex', 'own', 'x')`); err != nil || placeOf(t, f, tenant.ID).Schema != ready[0] {
 		t.Errorf("in %s: %v", placeOf(t, f, tenant.ID).Schema, err)
+	}
+}
+
+func TestAPlaceOfTheStockThatCreateIsGivenIsInUse(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := stocked(t, f, tenancy.Config{Stock: 1})
+	primary, admin, cat := f.Admin(t, "primary"), f.Admin(t, "tenants"), tn.Catalog()
+	create(t, f, tn, "acme")
+	awaitStock(t, f, 1)
+	acme, err := cat.TenantByName(t.Context(), "acme")
+	if err != nil {
+		t.Fatal(err)
+	}
+	given, err := cat.DataSource(t.Context(), acme.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	given.Schema = inStock(t, primary)[0]
+	given.User, given.Password = given.Schema+"_l1", "whatever"
+	globex, err := cat.Create(t.Context(), tenancy.NewTenant{Name: "globex", DataSource: &given})
+	if err != nil {
+		t.Fatal(err)
+	}
+	of := func(what string) string {
+		return scan[string](t, primary, `SELECT (`+what+`)::text FROM tenancy.data_sources WHERE schema = $1`, given.Schema)
+	}
+	if got := of("stocked"); got != "false" {
+		t.Errorf("a place that a tenant has is in the stock: %s", got)
+	}
+	create(t, f, tn, "initech")
+	if err := cat.Suspend(t.Context(), globex.ID, tenancy.Suspension{}); err != nil {
+		t.Fatal(err)
+	}
+	// The release before has left such places, behind and made, as has a crash of it.
+	for state, change := range map[string]string{"made": "version = 0", "intent": "state = 'intent'"} {
+		must(t, primary, `UPDATE tenancy.data_sources SET stocked = true, `+change+` WHERE schema = $1`, given.Schema)
+		if err := tn.Refresh(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if got := of("state"); got != state || scan[bool](t, admin, `SELECT rolcanlogin FROM pg_roles WHERE rolname = $1`, given.User) {
+			t.Errorf("the place of a suspended tenant is %s, want %s, and its login open", got, state)
+		}
+		must(t, primary, `UPDATE tenancy.data_sources SET stocked = true, state = 'made', version = 1 WHERE schema = $1`, given.Schema)
+	}
+	awaitStock(t, f, 2) // one of which is no place for anybody
+	if umbrella := create(t, f, tn, "umbrella"); placeOf(t, f, umbrella.ID).Schema == given.Schema {
+		t.Error("another tenant has the place")
+	}
+}
+
+func TestAPlaceThatCannotBeFinishedStopsNoOther(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := stocked(t, f, tenancy.Config{Stock: 2})
+	primary := f.Admin(t, "primary")
+	ready := inStock(t, primary)
+	must(t, primary, `UPDATE tenancy.data_sources SET state = 'intent', sealed = '\x00' WHERE schema = $1`, ready[0])
+	if err := tn.Refresh(t.Context()); err == nil {
+		t.Error("nobody hears of a place that cannot be finished")
+	}
+	if now := inStock(t, primary); len(now) != 2 || now[0] != ready[1] {
+		t.Errorf("beside a place that cannot be finished the stock is %v, was %v", now, ready)
+	}
+	// A server of no use, which has most room, stops none at the other, and does not get more places for ever.
+	must(t, primary, `INSERT INTO tenancy.servers (name, host, port, database, tls, provisioner, weight) SELECT 'gone', 'gone', port, database, tls, '\x00', 1000 FROM tenancy.servers`)
+	create(t, f, tn, "acme")
+	awaitStock(t, f, 2)
+	begun := func() int {
+		return scan[int](t, primary, `SELECT count(*) FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE s.name = 'gone'`)
+	}
+	if begun() == 0 {
+		t.Error("nothing was tried at the other server")
+	}
+	must(t, primary, `UPDATE tenancy.servers SET capacity = 1 WHERE name = 'main'`)
+	must(t, primary, `UPDATE tenancy.data_sources SET stocked = false WHERE state = 'made'`)
+	for range 5 {
+		_ = tn.Refresh(t.Context())
+	}
+	if n := begun(); n != 3 {
+		t.Errorf("%d places were begun at a server where none is ever finished, want one more than the stock of 2", n)
+	}
+}
+
+func TestAStockOnAFullServerIsNoError(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := stocked(t, f, tenancy.Config{Stock: 2})
+	primary := f.Admin(t, "primary")
+	must(t, primary, `UPDATE tenancy.servers SET capacity = 2`)
+	create(t, f, tn, "acme")
+	if err := tn.Refresh(t.Context()); err != nil {
+		t.Errorf("a stock that has no room: %v", err)
+	}
+	if now := inStock(t, primary); len(now) != 1 {
+		t.Errorf("beside a tenant on a server for two, the stock is %v", now)
+	}
+}
+
+func TestPlacesOfANewerReleaseAreNotReady(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	more := fstest.MapFS{"00002_more.sql": {Data: []byte("-- +goose Up\nALTER TABLE notes ADD COLUMN more text;\n-- +goose Down\nALTER TABLE notes DROP COLUMN more;")}}
+	for name, file := range stockMigrations {
+		more[name] = file
+	}
+	later := stocked(t, f, tenancy.Config{Stock: 1, Migrations: more})
+	primary := f.Admin(t, "primary")
+	kept := inStock(t, primary)
+	tn := f.Open(t, tenancy.Config{Migrations: stockMigrations, Isolation: tenancy.IsolationSchema, ValidityCron: "@every 10h", Stock: 1})
+	awaitStock(t, f, 2)
+	ready := inStock(t, primary)
+	if ready[0] != kept[0] || scan[int](t, primary, `SELECT version FROM tenancy.data_sources WHERE schema = $1`, kept[0]) != 2 {
+		t.Errorf("the newer release's stock was %v, and there is %v", kept, ready)
+	}
+	// Neither takes what the other has use for, however often they fill theirs.
+	for _, n := range []*tenancy.Tenancy{later, tn, later, tn} {
+		if err := n.Refresh(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	if now := inStock(t, primary); !slices.Equal(now, ready) {
+		t.Errorf("the stock was %v and is %v", ready, now)
+	}
+	if acme := create(t, f, tn, "acme"); placeOf(t, f, acme.ID).Schema != ready[1] {
+		t.Errorf("the tenant is in %s, and %v was ready", placeOf(t, f, acme.ID).Schema, ready)
 	}
 }
