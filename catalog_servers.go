@@ -195,26 +195,33 @@ type chosen struct {
 
 // chooseServer chooses the server of a new place, and keeps it from being filled by another until tx ends.
 func chooseServer(ctx context.Context, tx pgx.Tx, server string) (chosen, error) {
-	// The rows are locked by a statement of its own: the next one counts the places of who had them before.
-	if _, err := tx.Exec(ctx, `SELECT FROM tenancy.servers s WHERE `+eligible+` ORDER BY id FOR NO KEY UPDATE`, server); err != nil {
+	if err := lockServers(ctx, tx, server); err != nil {
 		return chosen{}, err
 	}
 	return roomiest(ctx, tx, server)
 }
 
+// lockServers keeps the server that is named, or all that places are made on, from being filled by another until tx ends. It is a statement of its own: the next one
+// counts the places of who had them before.
+func lockServers(ctx context.Context, tx pgx.Tx, server string) error {
+	_, err := tx.Exec(ctx, `SELECT FROM tenancy.servers s WHERE `+eligible+` ORDER BY id FOR NO KEY UPDATE`, server)
+	return err
+}
+
 // eligible is the condition on a server s: it is the one that $1 names, or there is a way to make places on it.
 const eligible = `(s.name = $1 OR $1 = '' AND s.provisioner IS NOT NULL)`
 
-// roomiest returns the server that is named, or else the one with the fewest places for its weight, the heavier of two that have as many.
+// roomiest returns the server that is named, or else the one with the fewest places for its weight, the heavier of two that have as many. A place of the stock
+// fills none: takeStock looks for room when it becomes a tenant's.
 // The error is ErrInvalid, ErrNoProvisioner, ErrNoRoom or that of the query.
 func roomiest(ctx context.Context, q querier, server string) (chosen, error) {
 	var s chosen
 	var taken, full bool // taken: by tenants that name it alone
 	d := &s.address
 	err := q.QueryRow(ctx, `SELECT s.id, s.host, s.port, s.database, s.tls, s.pooler, s.pooler_tls, s.tablespace, s.provisioner,
-		s.weight < 0 AND $1 = '' AS taken, s.capacity > 0 AND p.places >= s.capacity AS is_full
-		FROM tenancy.servers s, LATERAL (SELECT count(*) AS places FROM tenancy.data_sources d WHERE d.server = s.id AND d.state <> 'dropped') p
-		WHERE `+eligible+` ORDER BY taken, is_full, p.places::float8 / s.weight, s.weight DESC, s.id LIMIT 1`, server).
+		s.weight < 0 AND $1 = '' AS taken, s.capacity > 0 AND p.used >= s.capacity AS is_full
+		FROM tenancy.servers s, LATERAL (SELECT count(*) AS places, count(*) FILTER (WHERE NOT d.stocked) AS used FROM tenancy.data_sources d WHERE d.server = s.id AND d.state <> 'dropped') p
+		WHERE `+eligible+` ORDER BY taken, is_full, s.capacity > 0 AND p.places >= s.capacity, p.places::float8 / s.weight, s.weight DESC, s.id LIMIT 1`, server).
 		Scan(&s.id, &d.Host, &d.Port, &d.Database, &d.TLS, &d.Pooler, &d.PoolerTLS, &s.tablespace, &s.provisioner, &taken, &full)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows) && server != "":

@@ -185,8 +185,9 @@ func (c *Catalog) makeStock(ctx context.Context, id int64) error {
 	return unavailable(opStock, err)
 }
 
-// stockFor is stockReady at server s, where server $2 is asked for.
-const stockFor = stockReady + ` AND (s.name = $2 OR $2 = '' AND s.weight > 0)`
+// stockFor is stockReady at server s, where server $2 is asked for, with room for one more in use.
+const stockFor = stockReady + ` AND (s.name = $2 OR $2 = '' AND s.weight > 0)
+	AND (s.capacity = 0 OR s.capacity > (SELECT count(*) FROM tenancy.data_sources o WHERE o.server = s.id AND o.state <> 'dropped' AND NOT o.stocked))`
 
 // stocked is a place of the stock.
 type stocked struct {
@@ -197,6 +198,9 @@ type stocked struct {
 
 // takeStock keeps a place of the stock for tx, where there is one.
 func (c *Catalog) takeStock(ctx context.Context, tx pgx.Tx, server string, isolation Isolation) (s stocked, err error) {
+	if err := lockServers(ctx, tx, server); err != nil {
+		return s, err
+	}
 	err = tx.QueryRow(ctx, `SELECT d.id, d.uid, d.promised FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server WHERE `+stockFor+` AND d.promised IS NOT NULL
 		ORDER BY d.id LIMIT 1 FOR UPDATE OF d SKIP LOCKED`, isolation, server, c.tn.migrations.newest()).Scan(&s.source, &s.uid, &s.promised)
 	if errors.Is(err, pgx.ErrNoRows) {

@@ -414,3 +414,34 @@ func TestPlacesOfANewerReleaseAreNotReady(t *testing.T) {
 		t.Errorf("the tenant is in %s, and %v was ready", placeOf(t, f, acme.ID).Schema, ready)
 	}
 }
+
+func TestAStockLeavesItsRoomToWhoeverNeedsIt(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	tn := stocked(t, f, tenancy.Config{Stock: 2})
+	primary, cat := f.Admin(t, "primary"), tn.Catalog()
+	f.AllowDatabases(t)
+	must(t, primary, `UPDATE tenancy.servers SET capacity = 4`)
+	create(t, f, tn, "acme")
+	awaitStock(t, f, 2)
+	must(t, primary, `UPDATE tenancy.servers SET capacity = 3`)
+	if _, err := cat.Create(t.Context(), tenancy.NewTenant{Name: "globex", Isolation: tenancy.IsolationDatabase}); err != nil {
+		t.Errorf("beside a stock of 2 on a server for 3, of which one is in use: %v", err)
+	}
+	prepared, err := cat.Prepare(t.Context(), 0, "")
+	if err != nil {
+		t.Errorf("beside a stock of 2 on a server for 3, of which two are in use: %v", err)
+	}
+	// What is ready fills no server beyond its capacity.
+	_, err = cat.Create(t.Context(), tenancy.NewTenant{Name: "initech"})
+	wantError(t, err, tenancy.ErrNoRoom)
+	if err := tn.Refresh(t.Context()); err != nil || len(inStock(t, primary)) != 2 {
+		t.Errorf("the stock is %v: %v", inStock(t, primary), err)
+	}
+	if err := cat.DropPlace(t.Context(), prepared); err != nil {
+		t.Fatal(err)
+	}
+	create(t, f, tn, "initech")
+	_, err = cat.Create(t.Context(), tenancy.NewTenant{Name: "umbrella"})
+	wantError(t, err, tenancy.ErrNoRoom)
+}
