@@ -1065,7 +1065,8 @@ func TestAPlaceIsNotDroppedUnderATenant(t *testing.T) {
 	if moved != nil {
 		t.Error(moved)
 	}
-	wantError(t, dropped, tenancy.ErrInvalid, "a tenant uses this place")
+	wantError(t, dropped, tenancy.ErrInProgress)
+	wantError(t, drop(), tenancy.ErrInvalid, "a tenant uses this place")
 	wantPlace(t, f, acme.ID, there)
 	if got := current(t, tn, acme.ID); got != there.Schema {
 		t.Errorf("work is done in %s, want %s", got, there.Schema)
@@ -1074,12 +1075,12 @@ func TestAPlaceIsNotDroppedUnderATenant(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// The place is dropped between its proof and the move.
-	moved, dropped = during(fmt.Sprintf(`SELECT FROM tenancy.tenants WHERE id = %d FOR UPDATE`, acme.ID), move, drop)
+	// The DropPlace was there before the move.
+	dropped, moved = during(fmt.Sprintf(`SELECT FROM tenancy.data_sources WHERE schema = '%s' FOR UPDATE`, there.Schema), drop, move)
 	if dropped != nil {
 		t.Error(dropped)
 	}
-	wantError(t, moved, tenancy.ErrInProgress)
+	wantError(t, moved, tenancy.ErrInvalid, "is not a place that Catalog.Prepare made")
 	wantPlace(t, f, acme.ID, here)
 	if got := current(t, tn, acme.ID); got != here.Schema {
 		t.Errorf("work is done in %s, want %s", got, here.Schema)
