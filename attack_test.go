@@ -312,6 +312,7 @@ func (w *battle) world(t *testing.T) []string {
 		UNION ALL SELECT concat_ws(' ', 'extension', extname) FROM pg_extension
 		UNION ALL SELECT concat_ws(' ', 'default', defaclrole::regrole, defaclnamespace::regnamespace, defaclobjtype, defaclacl) FROM pg_default_acl WHERE defaclrole NOT IN (SELECT oid FROM pg_roles WHERE rolname IN ($2 || '_o', $2 || '_l1'))
 		UNION ALL SELECT concat_ws(' ', 'setting', s.*) FROM pg_db_role_setting s WHERE setrole NOT IN (SELECT oid FROM pg_roles WHERE rolname IN ($2 || '_o', $2 || '_l1'))
+			AND (setrole IN (0, 10) OR setrole IN (SELECT oid FROM fleet) OR setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database()))
 			AND (setrole IN (SELECT oid FROM fleet) OR setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))) -- other tests' databases have their own
 			AND setrole NOT IN (SELECT oid FROM pg_roles WHERE rolname LIKE 't\_%\_reader') -- and their readers
 		UNION ALL SELECT concat_ws(' ', 'large object', oid, pg_get_userbyid(lomowner), lomacl) FROM pg_largeobject_metadata
