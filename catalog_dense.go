@@ -98,6 +98,11 @@ func (c *Catalog) settleDense(ctx context.Context, p *place) error {
 	if err := c.tn.feed.awaitNodes(ctx); err != nil {
 		return err
 	}
+	return giveToDense(ctx, p)
+}
+
+// giveToDense gives what the place's login owns to the role that the tenant's calls take.
+func giveToDense(ctx context.Context, p *place) error {
 	conn, err := p.provisionerConn(ctx)
 	if err != nil {
 		return err

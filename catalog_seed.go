@@ -17,8 +17,8 @@ func (c *Catalog) seed(ctx context.Context, p *place) error {
 	if err := c.runSeed(ctx, p); err != nil {
 		return fmt.Errorf("seed: %w", err)
 	}
-	if p.dense { // its calls are not the login's
-		return giveSeeded(ctx, p)
+	if p.dense { // its calls are not the login's, which owns the large objects that it made
+		return giveToDense(ctx, p)
 	}
 	return nil
 }
@@ -45,19 +45,4 @@ func (c *Catalog) callSeed(ctx context.Context, t Tenant, tx pgx.Tx) (err error)
 		}
 	}()
 	return c.tn.cfg.Seed(ctx, t, tx)
-}
-
-// giveSeeded gives what the seed's login owns, its large objects, to the role that the tenant's calls take.
-func giveSeeded(ctx context.Context, p *place) error {
-	conn, err := p.provisionerConn(ctx)
-	if err != nil {
-		return err
-	}
-	defer closeConn(conn)
-	done, err := p.act(ctx, conn, p.source.User, p.denseRole)
-	if err != nil {
-		return err
-	}
-	defer done()
-	return giveObjects(ctx, conn, p.source.User, p.denseRole)
 }
