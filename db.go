@@ -299,7 +299,7 @@ func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (
 // Inside fn nobody can switch: with its ctx [Tenancy.Enter], [Tenancy.Impersonate] and [Tenancy.Resolve] into another tenant, and
 // all work on what [AsHost] returns, are refused with [ErrTenantMismatch].
 //
-// The error is that of the begin, of fn unchanged, or of the commit: [pgx.ErrTxCommitRollback] when
+// The error is that of the begin, of fn unchanged (but for a "conn closed" after ctx has ended, which is ctx.Err() too), or of the commit: [pgx.ErrTxCommitRollback] when
 // fn ignored a failed statement, [pgx.ErrTxClosed] when it ended the transaction itself. fn is run once.
 func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx context.Context, tx pgx.Tx) error) error {
 	t, err := db.BeginTx(ctx, o)
@@ -319,6 +319,9 @@ func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx 
 		}
 	}()
 	if err := fn(withTx(ctx, txOwner{db.tn.realm, t.(*guardedTx).tenant()}), t); err != nil {
+		if ended := ctx.Err(); ended != nil && errors.Is(err, pgconn.ErrConnClosed) {
+			err = fmt.Errorf("%w: %w", ended, err) // which has closed the connection before fn's next statement, and pgx names the latter alone
+		}
 		return err
 	}
 	err = t.Commit(ctx)

@@ -1546,7 +1546,6 @@ func TestACallCancelledAnywhereLeavesNothing(t *testing.T) {
 				case err == nil:
 					acknowledged = append(acknowledged, title)
 				case reached && (errors.Is(err, context.Canceled) || errors.Is(err, tenancy.ErrCommitUnknown)), c.inTx && errors.Is(err, pgx.ErrTxClosed):
-				case reached && c.name == "InTx" && err.Error() == "conn closed": // pgx's own word, to fn's next statement, when the connection was closed first
 				default:
 					t.Errorf("%s: %v", title, err)
 				}
@@ -1569,6 +1568,23 @@ func TestACallCancelledAnywhereLeavesNothing(t *testing.T) {
 		t.Errorf("%d notes were written more than once", twice)
 	}
 	untilTrue(t, "the goroutines are gone", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+// TestACancelledTransactionSaysSo also where fn goes on to a statement that finds the connection closed.
+func TestACancelledTransactionSaysSo(t *testing.T) {
+	x := newFaulty(t, tenancy.Config{})
+	ctx, cancel := context.WithCancel(x.ctx)
+	err := x.tn.DB().InTx(ctx, pgx.TxOptions{}, func(ctx context.Context, tx pgx.Tx) error {
+		time.AfterFunc(20*time.Millisecond, cancel)
+		if _, err := tx.Exec(ctx, `SELECT pg_sleep(30)`); err == nil {
+			t.Error("the sleep ended")
+		}
+		_, err := tx.Exec(ctx, `SELECT 1`)
+		return err
+	})
+	if !errors.Is(err, context.Canceled) || !errors.Is(err, pgconn.ErrConnClosed) {
+		t.Errorf("%v", err)
+	}
 }
 
 // TestAFloodedTenantIsRefusedAndTheOthersAreNot: one tenant is flooded with slow calls, then another one's server is frozen, beside a
