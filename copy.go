@@ -17,10 +17,10 @@ const copyBatch = 200
 // copies says whether the server copies into the tenant's tables: those of a shared schema have policies, and COPY FROM is refused there. A nil pool is the host's.
 func (p *tenantPool) copies() bool { return p == nil || p.tenant.Isolation != IsolationShared }
 
-// insertRows is CopyFrom by INSERT, all rows or none: in a transaction of its own, or a savepoint of the one that b is.
+// insertRows is CopyFrom by INSERT, all rows or none: in a transaction of its own, or a savepoint of the one that b is. commit ends it.
 func insertRows(ctx context.Context, b interface {
 	Begin(ctx context.Context) (pgx.Tx, error)
-}, table pgx.Identifier, columns []string, src pgx.CopyFromSource) (n int64, err error) {
+}, commit func(ctx context.Context, tx pgx.Tx) error, table pgx.Identifier, columns []string, src pgx.CopyFromSource) (n int64, err error) {
 	tx, err := b.Begin(ctx)
 	if err != nil {
 		return 0, err
@@ -62,7 +62,7 @@ func insertRows(ctx context.Context, b interface {
 	if err := errors.Join(src.Err(), ctx.Err()); err != nil {
 		return 0, err
 	}
-	return n, tx.Commit(ctx)
+	return n, commit(ctx, tx)
 }
 
 // insertSQL writes all columns, identities included, as COPY does.

@@ -1,6 +1,7 @@
 package tenancy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -67,8 +68,11 @@ func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any)
 // exec also says whether the statement may be sent once more.
 func (c *checkout) exec(ctx context.Context, sql string, arguments []any) (tag pgconn.CommandTag, harmless bool, err error) {
 	defer c.release() // also when an argument's Value method panics
-	tag, err = c.on().Exec(ctx, sql, arguments...)
-	return tag, err != nil && mayRepeat(ctx, c.conn.Conn(), err, execsOne(ctx, c.conn.Conn(), sql, arguments)), err
+	if tag, err = c.on().Exec(ctx, sql, arguments...); err == nil {
+		return tag, false, nil
+	}
+	conn := c.conn.Conn()
+	return tag, mayRepeat(ctx, conn, err, execsOne(ctx, conn, sql, arguments)), told(ctx, err, conn.IsClosed())
 }
 
 // mayRepeat says whether what was done outside a transaction may be done once more after err, because it had no effect: it
@@ -143,8 +147,46 @@ func unheard(conn *pgx.Conn, err error) bool {
 		return false
 	}
 	last, ok := errors.AsType[*pgconn.PgError](err)
-	return c.Unheard(ok && last.SeverityUnlocalized == "FATAL")
+	return c.Unheard(ok && fatal(last))
 }
+
+// fatal says whether the server ends the session with err. A pooler's own errors have only the field that a server translates.
+func fatal(err *pgconn.PgError) bool {
+	severity := cmp.Or(err.SeverityUnlocalized, err.Severity)
+	return severity == "FATAL" || severity == "PANIC"
+}
+
+// told is err as the caller is to hear it. pgx may say "conn closed", or what became of the socket, where the end of ctx is the reason, and calls the former
+// safe to retry also where the connection broke before the answer. broken says that the connection is closed.
+func told(ctx context.Context, err error, broken bool) error {
+	if err == nil {
+		return nil
+	}
+	closed := errors.Is(err, pgconn.ErrConnClosed)
+	if closed && pgconn.SafeToRetry(err) {
+		err = unsettled{err}
+	}
+	if _, answered := errors.AsType[*pgconn.PgError](err); closed || broken && !answered {
+		return ended(ctx, err)
+	}
+	return err
+}
+
+// ended is err, and the error of ctx if that has ended.
+func ended(ctx context.Context, err error) error {
+	if end := ctx.Err(); end != nil && !errors.Is(err, end) {
+		return fmt.Errorf("%w: %w", end, err)
+	}
+	return err
+}
+
+// unsettled is the error of what the server may have done.
+type unsettled struct{ error }
+
+func (u unsettled) Unwrap() error { return u.error }
+
+// SafeToRetry is what pgconn.SafeToRetry asks.
+func (unsettled) SafeToRetry() bool { return false }
 
 // Query runs sql and returns its rows. They hold a connection until they are closed, read to the
 // end, or a Scan fails. args must not be changed before the first Next: the statement may be sent a second time then.
@@ -176,9 +218,12 @@ func (c *checkout) query(ctx context.Context, sql string, args []any) (r pgx.Row
 			c.release()
 		}
 	}()
-	r, err = c.on().Query(ctx, sql, args...)
-	kept = err == nil
-	return r, err != nil && mayRepeat(ctx, c.conn.Conn(), err, queriesOne(c.conn.Conn(), args)), err
+	if r, err = c.on().Query(ctx, sql, args...); err == nil {
+		kept = true
+		return r, false, nil
+	}
+	conn := c.conn.Conn()
+	return r, mayRepeat(ctx, conn, err, queriesOne(conn, args)), told(ctx, err, conn.IsClosed())
 }
 
 // QueryRow runs sql for its first row. The connection is held until Scan, which also gives the
@@ -194,7 +239,7 @@ func (db *TenantAwareDB) QueryRow(ctx context.Context, sql string, args ...any) 
 // SendBatch sends the queries of b at once. The connection is held until the results are closed
 // or, after [pgx.Batch.BeginTx], until that transaction is committed or rolled back.
 //
-// The transaction is guarded like that of [TenantAwareDB.BeginTx].
+// The transaction is guarded like that of [TenantAwareDB.BeginTx], but for its CommitQuery, which is taken for a plain COMMIT.
 func (db *TenantAwareDB) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
 	c, err := db.checkoutFor(ctx, "send batch", true)
 	if err != nil {
@@ -209,9 +254,9 @@ func (db *TenantAwareDB) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchR
 	br := c.on().SendBatch(ctx, b)
 	kept = true
 	if inner := br.Tx(); inner != nil {
-		return &leasedBatch{BatchResults: br, tx: &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}}
+		return &leasedBatch{BatchResults: toldBatch{br, ctx}, tx: &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}}
 	}
-	return &leasedBatch{BatchResults: br, c: c}
+	return &leasedBatch{BatchResults: toldBatch{br, ctx}, c: c}
 }
 
 // CopyFrom copies rows into a table and returns their number, as [pgx.Conn.CopyFrom] does. tableName needs no schema: an
@@ -239,12 +284,13 @@ func (c *checkout) copyFrom(ctx context.Context, tableName pgx.Identifier, colum
 	if c.pool.copies() {
 		n, err = c.on().CopyFrom(ctx, tableName, columnNames, src)
 	} else {
-		n, err = insertRows(ctx, c.on(), tableName, columnNames, src)
+		n, err = insertRows(ctx, c.on(), c.commit, tableName, columnNames, src)
 	}
-	if ended := ctx.Err(); err != nil && ended != nil && !errors.Is(err, ended) {
-		err = fmt.Errorf("%w: %w", ended, err) // pgx names what it found: the socket that it has closed because of ctx
+	if err == nil {
+		return n, false, nil
 	}
-	return n, !src.asked.Load() && mayRepeat(ctx, c.conn.Conn(), err, true), err
+	conn := c.conn.Conn()
+	return n, !src.asked.Load() && mayRepeat(ctx, conn, err, true), ended(ctx, told(ctx, err, conn.IsClosed()))
 }
 
 // watchedSource remembers whether a row was asked for: then the copy cannot begin anew.
@@ -279,12 +325,13 @@ func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (
 		conn := c.conn.Conn()
 		inner, err := c.on().BeginTx(ctx, txOptions)
 		if err == nil {
-			return &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}, nil
+			return &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c, commitsMore: txOptions.CommitQuery != ""}, nil
 		}
 		// What began on a connection that is gone is gone with it, unless BeginQuery did more.
 		plain := txOptions.BeginQuery == ""
 		lost := conn.IsClosed() && plain && ctx.Err() == nil
 		harmless := lost || mayRepeat(ctx, conn, err, plain)
+		err = told(ctx, err, conn.IsClosed())
 		c.release()
 		if again || !harmless {
 			return nil, err
@@ -299,7 +346,7 @@ func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (
 // Inside fn nobody can switch: with its ctx [Tenancy.Enter], [Tenancy.Impersonate] and [Tenancy.Resolve] into another tenant, and
 // all work on what [AsHost] returns, are refused with [ErrTenantMismatch].
 //
-// The error is that of the begin, of fn unchanged (but for a "conn closed" after ctx has ended, which is ctx.Err() too), or of the commit: [pgx.ErrTxCommitRollback] when
+// The error is that of the begin, of fn unchanged, or of the commit: [pgx.ErrTxCommitRollback] when
 // fn ignored a failed statement, [pgx.ErrTxClosed] when it ended the transaction itself. fn is run once.
 func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx context.Context, tx pgx.Tx) error) error {
 	t, err := db.BeginTx(ctx, o)
@@ -319,9 +366,6 @@ func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx 
 		}
 	}()
 	if err := fn(withTx(ctx, txOwner{db.tn.realm, t.(*guardedTx).tenant()}), t); err != nil {
-		if ended := ctx.Err(); ended != nil && errors.Is(err, pgconn.ErrConnClosed) {
-			err = fmt.Errorf("%w: %w", ended, err) // which has closed the connection before fn's next statement, and pgx names the latter alone
-		}
 		return err
 	}
 	err = t.Commit(ctx)
@@ -556,7 +600,8 @@ func (c *checkout) destroy(ctx context.Context) {
 type leasedRows struct {
 	pgx.Rows
 	c     checkout
-	begun bool // a row was read, or the statement was sent a second time: it is not sent again
+	begun bool  // a row was read, or the statement was sent a second time: it is not sent again
+	err   error // that of Rows, as the caller is to hear it; set when c is given back
 
 	ctx  context.Context // with the fields below, what the statement was
 	db   *TenantAwareDB
@@ -582,8 +627,13 @@ func (r *leasedRows) TypeMap() *pgtype.Map {
 
 func (r *leasedRows) Close() {
 	r.Rows.Close()
+	if r.c.conn != nil {
+		r.err = told(r.ctx, r.Rows.Err(), r.c.conn.Conn().IsClosed())
+	}
 	r.c.release()
 }
+
+func (r *leasedRows) Err() error { return cmp.Or(r.err, r.Rows.Err()) }
 
 func (r *leasedRows) Next() bool {
 	if r.Rows.Next() {
@@ -606,6 +656,7 @@ func (r *leasedRows) mayRepeat(err error) bool {
 func (r *leasedRows) repeat() {
 	r.begun = true
 	r.Close()
+	r.err = nil
 	var err error
 	if r.c, err = r.db.checkoutFor(r.ctx, "query", true); err == nil {
 		r.Rows, _, err = r.c.query(r.ctx, r.sql, r.args)
@@ -682,6 +733,39 @@ func (b *leasedBatch) Tx() pgx.Tx {
 	}
 	return b.tx
 }
+
+// toldBatch are a batch's results, with errors as the caller is to hear them.
+type toldBatch struct {
+	pgx.BatchResults
+	ctx context.Context
+}
+
+func (b toldBatch) Exec() (pgconn.CommandTag, error) {
+	tag, err := b.BatchResults.Exec()
+	return tag, told(b.ctx, err, false)
+}
+
+func (b toldBatch) Query() (pgx.Rows, error) {
+	rows, err := b.BatchResults.Query()
+	return toldRows{rows, b.ctx}, told(b.ctx, err, false)
+}
+
+func (b toldBatch) QueryRow() pgx.Row { return toldRow{b.BatchResults.QueryRow(), b.ctx} }
+func (b toldBatch) Close() error      { return told(b.ctx, b.BatchResults.Close(), false) }
+
+type toldRows struct {
+	pgx.Rows
+	ctx context.Context
+}
+
+func (r toldRows) Err() error { return told(r.ctx, r.Rows.Err(), false) }
+
+type toldRow struct {
+	pgx.Row
+	ctx context.Context
+}
+
+func (r toldRow) Scan(dest ...any) error { return told(r.ctx, r.Row.Scan(dest...), false) }
 
 // failedBatch is a batch that was never sent. pgx's own would panic in FieldDescriptions and Scan
 // of the rows it returns; its Tx, a closed one if the batch asked for one, is right.

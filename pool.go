@@ -350,7 +350,7 @@ func (w wrapped) NetConn() net.Conn { return w.under }
 func (p *tenantPool) guardErrors(cc *pgx.ConnConfig) {
 	user := cc.OnPgError
 	cc.OnPgError = func(conn *pgconn.PgConn, err *pgconn.PgError) bool {
-		if c := budget.Of(conn.Conn()); c != nil && err.SeverityUnlocalized == "FATAL" {
+		if c := budget.Of(conn.Conn()); c != nil && fatal(err) {
 			c.LastWords() // pgx closes it next, and TLS says good-bye of its own
 		}
 		s, shared := conn.CustomData()[denseKey].(*denseSession)
@@ -365,7 +365,7 @@ func (p *tenantPool) guardErrors(cc *pgx.ConnConfig) {
 		if user != nil {
 			return user(conn, err)
 		}
-		return err.SeverityUnlocalized != "FATAL"
+		return !fatal(err)
 	}
 }
 

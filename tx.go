@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -19,6 +20,8 @@ type guardedTx struct {
 	pool  *tenantPool // whose it is; nil: the host's, which has no tenant to guard
 	visit *Visit      // in which it was begun; nil: none
 	c     checkout    // given back at the end; empty in a savepoint
+
+	commitsMore bool // it has a CommitQuery
 }
 
 // tenant is 0 for the host's.
@@ -73,23 +76,40 @@ func (t *guardedTx) visitOver(s *Session) error {
 
 // Commit never refuses: whose context it is does not matter for the end.
 func (t *guardedTx) Commit(ctx context.Context) error {
-	held := t.c.conn != nil // not a savepoint, whose end is no commit
+	if t.c.conn == nil { // a savepoint, whose end is no commit
+		return told(ctx, t.Tx.Commit(ctx), false)
+	}
 	defer t.c.release()
-	gone := held && t.c.conn.Conn().IsClosed() // then the server has never heard of the COMMIT
-	err := t.Tx.Commit(ctx)
-	if err == nil || !held || gone || !mayHaveCommitted(err) {
+	return t.c.commitBy(ctx, t.Tx, t.commitsMore)
+}
+
+// commit ends a transaction that the library itself has begun.
+func (c *checkout) commit(ctx context.Context, tx pgx.Tx) error { return c.commitBy(ctx, tx, false) }
+
+// commitBy says of a lost answer that it is one. more is of a CommitQuery: it may have committed before it failed.
+func (c *checkout) commitBy(ctx context.Context, tx pgx.Tx, more bool) error {
+	conn := c.conn.Conn()
+	gone := conn.IsClosed() // then the server has never heard of the COMMIT
+	err := tx.Commit(ctx)
+	if err == nil {
+		return nil
+	}
+	if gone || unheard(conn, err) || !mayHaveCommitted(err, more) {
+		if errors.Is(err, pgconn.ErrConnClosed) {
+			err = ended(ctx, err)
+		}
 		return err
 	}
-	e := &Error{Op: "commit", Tenant: t.tenant(), Err: fmt.Errorf("%w: %w", ErrCommitUnknown, err)}
-	if t.pool != nil {
-		e.Name = t.pool.tenant.Name
+	e := &Error{Op: "commit", Err: fmt.Errorf("%w: %w", ErrCommitUnknown, told(ctx, err, true))}
+	if c.pool != nil {
+		e.Tenant, e.Name = c.pool.tenant.ID, c.pool.tenant.Name
 	}
 	return e
 }
 
-// mayHaveCommitted says whether err is a lost answer. The server's own refusal is an answer, but not a FATAL one: a session
-// can be ended after its transaction was committed and before it could say so.
-func mayHaveCommitted(err error) bool {
+// mayHaveCommitted says whether err is a lost answer. The server's own refusal is an answer, unless more than a COMMIT was sent. A FATAL one is none: a session
+// can be ended after its transaction was committed and before it could say so (by transaction_timeout too). Nor is a pooler's word that it has lost the server.
+func mayHaveCommitted(err error, more bool) bool {
 	if errors.Is(err, pgx.ErrTxClosed) || errors.Is(err, pgx.ErrTxCommitRollback) || neverSent(err) {
 		return false
 	}
@@ -97,7 +117,7 @@ func mayHaveCommitted(err error) bool {
 	if ok && refused.Code == "25P03" { // idle_in_transaction_session_timeout struck before the COMMIT arrived
 		return false
 	}
-	return !ok || refused.SeverityUnlocalized == "FATAL" || refused.SeverityUnlocalized == "PANIC"
+	return !ok || more || fatal(refused) || strings.HasPrefix(refused.Code, "08")
 }
 
 // Rollback never refuses either.
@@ -123,7 +143,7 @@ func (t *guardedTx) Begin(ctx context.Context) (pgx.Tx, error) {
 	}
 	inner, err := t.Tx.Begin(ctx)
 	if err != nil {
-		return nil, err
+		return nil, told(ctx, err, false)
 	}
 	return &guardedTx{Tx: inner, pool: t.pool, visit: t.visit}, nil
 }
@@ -132,28 +152,33 @@ func (t *guardedTx) Exec(ctx context.Context, sql string, arguments ...any) (pgc
 	if err := t.admit(ctx); err != nil {
 		return pgconn.CommandTag{}, err
 	}
-	return t.Tx.Exec(ctx, sql, arguments...)
+	tag, err := t.Tx.Exec(ctx, sql, arguments...)
+	return tag, told(ctx, err, false)
 }
 
 func (t *guardedTx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
 	if err := t.admit(ctx); err != nil {
 		return errRows{err}, err
 	}
-	return t.Tx.Query(ctx, sql, args...)
+	rows, err := t.Tx.Query(ctx, sql, args...)
+	if ctx.Err() != nil { // it may have closed the connection, which the rows say only when they are read
+		return toldRows{rows, ctx}, told(ctx, err, false)
+	}
+	return rows, told(ctx, err, false)
 }
 
 func (t *guardedTx) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 	if err := t.admit(ctx); err != nil {
 		return errRow{err}
 	}
-	return t.Tx.QueryRow(ctx, sql, args...)
+	return toldRow{t.Tx.QueryRow(ctx, sql, args...), ctx}
 }
 
 func (t *guardedTx) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
 	if err := t.admit(ctx); err != nil {
 		return failedBatch{BatchResults: pgx.FailedBatchResults(b, err), err: err}
 	}
-	return t.Tx.SendBatch(ctx, b)
+	return toldBatch{t.Tx.SendBatch(ctx, b), ctx}
 }
 
 func (t *guardedTx) CopyFrom(ctx context.Context, tableName pgx.Identifier, columnNames []string, rowSrc pgx.CopyFromSource) (int64, error) {
@@ -161,14 +186,17 @@ func (t *guardedTx) CopyFrom(ctx context.Context, tableName pgx.Identifier, colu
 		return 0, err
 	}
 	if !t.pool.copies() {
-		return insertRows(ctx, t.Tx, tableName, columnNames, rowSrc)
+		n, err := insertRows(ctx, t.Tx, func(ctx context.Context, inner pgx.Tx) error { return inner.Commit(ctx) }, tableName, columnNames, rowSrc)
+		return n, told(ctx, err, false)
 	}
-	return t.Tx.CopyFrom(ctx, tableName, columnNames, rowSrc)
+	n, err := t.Tx.CopyFrom(ctx, tableName, columnNames, rowSrc)
+	return n, told(ctx, err, false)
 }
 
 func (t *guardedTx) Prepare(ctx context.Context, name, sql string) (*pgconn.StatementDescription, error) {
 	if err := t.admit(ctx); err != nil {
 		return nil, err
 	}
-	return t.Tx.Prepare(ctx, name, sql)
+	d, err := t.Tx.Prepare(ctx, name, sql)
+	return d, told(ctx, err, false)
 }
