@@ -287,3 +287,28 @@ func TestIdentityIsComparedInFull(t *testing.T) {
 		}
 	}
 }
+
+// What a server or a pooler says of a COMMIT. Whether a session that PANIC ends had committed, it does not say either.
+func TestAnAnswerToACommitIsOneOfTheServers(t *testing.T) {
+	for name, c := range map[string]struct {
+		err           error
+		more, unknown bool
+	}{
+		"refused":              {err: &pgconn.PgError{Severity: "ERROR", SeverityUnlocalized: "ERROR", Code: "23505"}},
+		"refused_translated":   {err: &pgconn.PgError{Severity: "FEHLER", SeverityUnlocalized: "ERROR", Code: "23505"}},
+		"refused_commit_query": {err: &pgconn.PgError{SeverityUnlocalized: "ERROR", Code: "23505"}, more: true, unknown: true},
+		"fatal":                {err: &pgconn.PgError{Severity: "DODELIJK", SeverityUnlocalized: "FATAL", Code: "57P01"}, unknown: true},
+		"panic":                {err: &pgconn.PgError{Severity: "PANIEK", SeverityUnlocalized: "PANIC", Code: "58030"}, unknown: true},
+		"fatal_of_a_pooler":    {err: &pgconn.PgError{Severity: "FATAL", Code: "XX000"}, unknown: true},
+		"lost_by_a_pooler":     {err: &pgconn.PgError{Severity: "ERROR", Code: "08006"}, unknown: true},
+		"idle":                 {err: &pgconn.PgError{SeverityUnlocalized: "FATAL", Code: "25P03"}, more: true},
+		"timeout":              {err: &pgconn.PgError{SeverityUnlocalized: "FATAL", Code: "25P04"}, unknown: true},
+		"rolled_back":          {err: pgx.ErrTxCommitRollback},
+		"closed":               {err: pgx.ErrTxClosed},
+		"connection_closed":    {err: pgconn.ErrConnClosed, unknown: true},
+	} {
+		if got := mayHaveCommitted(c.err, c.more); got != c.unknown {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}

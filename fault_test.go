@@ -24,6 +24,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/msmt-go/tenancy"
+	"github.com/msmt-go/tenancy/internal/budget"
 	"github.com/msmt-go/tenancy/internal/pgembed"
 	"github.com/msmt-go/tenancy/tenancytest"
 )
@@ -256,6 +257,16 @@ func TestWhatWasNeverSentIsSentOnce(t *testing.T) {
 	t.Parallel()
 	x := newFaulty(t, tenancy.Config{})
 	x.neighbourAtWork()
+	calls := x.callsOf()
+	// These are never sent again, and look first whether somebody is there.
+	calls["SendBatch"] = func(title string) error {
+		b := &pgx.Batch{}
+		b.Queue(insert, title)
+		return x.tn.DB().SendBatch(x.ctx, b).Close()
+	}
+	calls["WithConn"] = func(title string) error {
+		return x.tn.DB().WithConn(x.ctx, func(ctx context.Context, conn *pgx.Conn) error { _, err := conn.Exec(ctx, insert, title); return err })
+	}
 	const conns = 4
 	for how, end := range map[string]func(){
 		"terminated": func() {
@@ -266,7 +277,7 @@ func TestWhatWasNeverSentIsSentOnce(t *testing.T) {
 		"cut":   func() { x.strait.drop() },
 		"reset": func() { x.strait.reset(); x.strait.calm() },
 	} {
-		for name, call := range x.callsOf() {
+		for name, call := range calls {
 			title := how + " " + name
 			x.warm(conns)
 			end()
@@ -409,6 +420,11 @@ func TestWhatMayHaveBeenSentIsNotRepeated(t *testing.T) {
 		}
 		return err
 	}
+	calls["SendBatch"] = func(title string) error {
+		b := &pgx.Batch{}
+		b.Queue(insert, title)
+		return db.SendBatch(x.ctx, b).Close()
+	}
 	for name, call := range calls {
 		title := "lost answer of " + name
 		x.warm(2)
@@ -421,6 +437,9 @@ func TestWhatMayHaveBeenSentIsNotRepeated(t *testing.T) {
 		}
 		if err == nil || errors.Is(err, tenancy.ErrCommitUnknown) {
 			t.Errorf("%s: %v", title, err)
+		}
+		if pgconn.SafeToRetry(err) {
+			t.Errorf("%s is called safe to retry: %v", title, err)
 		}
 		n := x.written(title)
 		if name == "CopyFrom" { // pgx sends rows before the answer to the command is there: the answer lost can be that one, and the rows may not be complete
@@ -466,7 +485,7 @@ func TestALostAnswerToACommitIsUnknown(t *testing.T) {
 	}
 	unknown := func(title string, err error, written int) {
 		t.Helper()
-		wantError(t, err, tenancy.ErrCommitUnknown)
+		wantUnknown(t, err)
 		if e, ok := errors.AsType[*tenancy.Error](err); !ok || e.Op != "commit" || e.Tenant != x.acme.ID || e.RetryAfter != 0 {
 			t.Errorf("%s: %#v", title, err)
 		}
@@ -519,6 +538,9 @@ func TestALostAnswerToACommitIsUnknown(t *testing.T) {
 	err = tx.Commit(short)
 	untilTrue(t, "the server has committed", func() bool { return x.written("late") == 1 })
 	unknown("late", err, 1)
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the deadline is lost: %v", err)
+	}
 	x.strait.calm()
 
 	// The session ends while the COMMIT waits for a deferred trigger: FATAL is no answer either.
@@ -537,7 +559,7 @@ func TestALostAnswerToACommitIsUnknown(t *testing.T) {
 	unknown("ended", err, 0)
 }
 
-// TestACommitThatWasAnsweredIsKnown, and so is one that was never sent.
+// TestACommitThatWasAnsweredIsKnown, and so is one that was never sent, or has never arrived.
 func TestACommitThatWasAnsweredIsKnown(t *testing.T) {
 	t.Parallel()
 	x := newFaulty(t, tenancy.Config{})
@@ -551,6 +573,7 @@ func TestACommitThatWasAnsweredIsKnown(t *testing.T) {
 		run   func(ctx context.Context, tx pgx.Tx) error // after an insert
 		state string                                     // the server's word
 		rows  int
+		tells bool // it needs to be told what has not arrived
 	}{
 		"deferred_constraint": {state: "23505", run: func(ctx context.Context, tx pgx.Tx) error {
 			if _, err := tx.Exec(ctx, insert, "deferred_constraint"); err != nil {
@@ -585,6 +608,16 @@ func TestACommitThatWasAnsweredIsKnown(t *testing.T) {
 			}
 			return tx.Commit(ctx)
 		}},
+		"session_ended_before": {state: "57P01", tells: true, run: func(ctx context.Context, tx pgx.Tx) error {
+			before := x.strait.leftBy()
+			must(x, x.admin, `SELECT pg_terminate_backend($1)`, int32(tx.Conn().PgConn().PID()))
+			untilTrue(t, "the client has been told", func() bool { return x.strait.leftBy() > before })
+			return tx.Commit(ctx)
+		}},
+		"connection_cut_before": {state: "?", tells: true, run: func(ctx context.Context, tx pgx.Tx) error {
+			x.strait.drop()
+			return tx.Commit(ctx)
+		}},
 		"failed_statement": {state: "?", run: func(ctx context.Context, tx pgx.Tx) error {
 			tx.Exec(ctx, `SELECT 1/0`)
 			err := tx.Commit(ctx)
@@ -604,6 +637,9 @@ func TestACommitThatWasAnsweredIsKnown(t *testing.T) {
 			return err
 		}},
 	} {
+		if c.tells && !budget.TellsUnheard {
+			continue
+		}
 		tx, err := x.tn.DB().Begin(x.ctx)
 		if err != nil {
 			t.Fatal(err)
@@ -881,6 +917,7 @@ func (x *faulty) pids() []int32 {
 type wayIn struct {
 	name    string
 	inTx    bool                                   // it begins in the middle of a transaction
+	commits bool                                   // it has a COMMIT, under the caller's context
 	prepare func() func(ctx context.Context) error // for what needs no fault
 }
 
@@ -889,10 +926,10 @@ func (x *faulty) everyCall(title string) []wayIn {
 	db := x.tn.DB()
 	bounded := func() (context.Context, context.CancelFunc) { return context.WithTimeout(x.ctx, 5*time.Second) }
 	plain := func(name string, run func(ctx context.Context) error) wayIn {
-		return wayIn{name, false, func() func(context.Context) error { return run }}
+		return wayIn{name, false, false, func() func(context.Context) error { return run }}
 	}
 	inTx := func(name string, run func(ctx context.Context, tx pgx.Tx) error) wayIn {
-		return wayIn{name, true, func() func(context.Context) error {
+		return wayIn{name, true, false, func() func(context.Context) error {
 			tx, err := db.Begin(x.ctx)
 			if err != nil {
 				x.Fatal(err)
@@ -909,6 +946,7 @@ func (x *faulty) everyCall(title string) []wayIn {
 			}
 		}}
 	}
+	committing := func(w wayIn) wayIn { w.commits = true; return w }
 	return []wayIn{
 		plain("Exec", func(ctx context.Context) error { _, err := db.Exec(ctx, insert, title); return err }),
 		plain("Query", func(ctx context.Context) error {
@@ -937,7 +975,7 @@ func (x *faulty) everyCall(title string) []wayIn {
 			b.Queue(insert, title)
 			return db.SendBatch(ctx, b).Close()
 		}),
-		plain("SendBatch with a transaction", func(ctx context.Context) error {
+		committing(plain("SendBatch with a transaction", func(ctx context.Context) error {
 			b := &pgx.Batch{}
 			b.BeginTx(pgx.TxOptions{})
 			b.Queue(insert, title)
@@ -949,7 +987,7 @@ func (x *faulty) everyCall(title string) []wayIn {
 				return err
 			}
 			return br.Tx().Commit(ctx)
-		}),
+		})),
 		plain("CopyFrom", func(ctx context.Context) error {
 			_, err := db.CopyFrom(ctx, pgx.Identifier{"notes"}, []string{"tenant", "title"}, pgx.CopyFromRows([][]any{{"acme", title}}))
 			return err
@@ -957,10 +995,10 @@ func (x *faulty) everyCall(title string) []wayIn {
 		plain("WithConn", func(ctx context.Context) error {
 			return db.WithConn(ctx, func(ctx context.Context, conn *pgx.Conn) error { _, err := conn.Exec(ctx, insert, title); return err })
 		}),
-		plain("InTx", func(ctx context.Context) error {
+		committing(plain("InTx", func(ctx context.Context) error {
 			return db.InTx(ctx, pgx.TxOptions{}, func(ctx context.Context, tx pgx.Tx) error { _, err := tx.Exec(ctx, insert, title); return err })
-		}),
-		inTx("Commit", func(ctx context.Context, tx pgx.Tx) error { return tx.Commit(ctx) }),
+		})),
+		committing(inTx("Commit", func(ctx context.Context, tx pgx.Tx) error { return tx.Commit(ctx) })),
 		inTx("Rollback", func(ctx context.Context, tx pgx.Tx) error { return cmp.Or(tx.Rollback(ctx), pgx.ErrTxClosed) }),
 		inTx("statement in a transaction", func(ctx context.Context, tx pgx.Tx) error {
 			_, err := tx.Exec(ctx, `SELECT $1::text`, "x")
@@ -1545,7 +1583,7 @@ func TestACallCancelledAnywhereLeavesNothing(t *testing.T) {
 				switch {
 				case err == nil:
 					acknowledged = append(acknowledged, title)
-				case reached && (errors.Is(err, context.Canceled) || errors.Is(err, tenancy.ErrCommitUnknown)), c.inTx && errors.Is(err, pgx.ErrTxClosed):
+				case reached && errors.Is(err, context.Canceled) && (c.commits || !errors.Is(err, tenancy.ErrCommitUnknown)), c.inTx && errors.Is(err, pgx.ErrTxClosed):
 				default:
 					t.Errorf("%s: %v", title, err)
 				}
@@ -1572,18 +1610,106 @@ func TestACallCancelledAnywhereLeavesNothing(t *testing.T) {
 
 // TestACancelledTransactionSaysSo also where fn goes on to a statement that finds the connection closed.
 func TestACancelledTransactionSaysSo(t *testing.T) {
+	t.Parallel()
 	x := newFaulty(t, tenancy.Config{})
-	ctx, cancel := context.WithCancel(x.ctx)
-	err := x.tn.DB().InTx(ctx, pgx.TxOptions{}, func(ctx context.Context, tx pgx.Tx) error {
-		time.AfterFunc(20*time.Millisecond, cancel)
-		if _, err := tx.Exec(ctx, `SELECT pg_sleep(30)`); err == nil {
-			t.Error("the sleep ended")
+	x.neighbourAtWork()
+	for name, next := range map[string]func(ctx context.Context, tx pgx.Tx) error{
+		"commit":    func(context.Context, pgx.Tx) error { return nil },
+		"savepoint": func(ctx context.Context, tx pgx.Tx) error { _, err := tx.Begin(ctx); return err },
+		"Exec":      func(ctx context.Context, tx pgx.Tx) error { _, err := tx.Exec(ctx, `SELECT 1`); return err },
+		"Query": func(ctx context.Context, tx pgx.Tx) error {
+			rows, _ := tx.Query(ctx, insert, "cancelled")
+			_, err := pgx.CollectRows(rows, pgx.RowToMap)
+			return err
+		},
+		"QueryRow": func(ctx context.Context, tx pgx.Tx) error {
+			return tx.QueryRow(ctx, `SELECT $1::int`, 1).Scan(new(int))
+		},
+		"SendBatch": func(ctx context.Context, tx pgx.Tx) error {
+			b := &pgx.Batch{}
+			b.Queue(insert, "cancelled")
+			return tx.SendBatch(ctx, b).Close()
+		},
+		"CopyFrom": func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.CopyFrom(ctx, pgx.Identifier{"notes"}, []string{"tenant", "title"}, pgx.CopyFromRows([][]any{{"acme", "cancelled"}}))
+			return err
+		},
+		"Prepare": func(ctx context.Context, tx pgx.Tx) error { _, err := tx.Prepare(ctx, "one", `SELECT 1`); return err },
+	} {
+		ctx, cancel := context.WithCancel(x.ctx)
+		err := x.tn.DB().InTx(ctx, pgx.TxOptions{}, func(ctx context.Context, tx pgx.Tx) error {
+			if _, err := tx.Exec(ctx, insert, "cancelled"); err != nil { // which is known by the next one
+				return err
+			}
+			time.AfterFunc(20*time.Millisecond, cancel)
+			if _, err := tx.Exec(ctx, `SELECT pg_sleep(30)`); err == nil {
+				t.Error("the sleep ended")
+			}
+			return next(ctx, tx)
+		})
+		cancel()
+		if !errors.Is(err, context.Canceled) || !errors.Is(err, pgconn.ErrConnClosed) || errors.Is(err, tenancy.ErrCommitUnknown) {
+			t.Errorf("%s: %v", name, err)
 		}
-		_, err := tx.Exec(ctx, `SELECT 1`)
-		return err
-	})
-	if !errors.Is(err, context.Canceled) || !errors.Is(err, pgconn.ErrConnClosed) {
-		t.Errorf("%v", err)
+	}
+	if n := x.written("cancelled"); n != 0 {
+		t.Errorf("written %d times", n)
+	}
+}
+
+// leaving has the caller leave at the moment at which a statement fails.
+type leaving struct {
+	cancel atomic.Pointer[context.CancelFunc] // nil: nobody leaves
+}
+
+func (*leaving) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	return ctx
+}
+
+func (l *leaving) TraceQueryEnd(_ context.Context, _ *pgx.Conn, d pgx.TraceQueryEndData) {
+	if cancel := l.cancel.Load(); cancel != nil && d.Err != nil {
+		(*cancel)()
+	}
+}
+
+// TestACallCancelledBeforeItsSecondTrySaysSo: the connection was gone, and the caller leaves before another one is taken.
+func TestACallCancelledBeforeItsSecondTrySaysSo(t *testing.T) {
+	t.Parallel()
+	l := &leaving{}
+	x := newFaulty(t, tenancy.Config{PoolConfig: func(_ context.Context, who tenancy.Tenant, cfg *pgxpool.Config) error {
+		if who.Name == "acme" {
+			cfg.ConnConfig.Tracer = l
+		}
+		return nil
+	}})
+	x.neighbourAtWork()
+	db := x.tn.DB()
+	for name, call := range map[string]func(ctx context.Context) error{
+		"InTx": func(ctx context.Context) error {
+			return db.InTx(ctx, pgx.TxOptions{}, func(context.Context, pgx.Tx) error { return nil })
+		},
+		"Begin":       func(ctx context.Context) error { _, err := db.Begin(ctx); return err },
+		"Exec":        func(ctx context.Context) error { _, err := db.Exec(ctx, insert, "left"); return err },
+		"Exec simple": func(ctx context.Context) error { _, err := db.Exec(ctx, `SELECT 1`); return err },
+		"Query simple": func(ctx context.Context) error {
+			_, err := db.Query(ctx, `SELECT 1`, pgx.QueryExecModeSimpleProtocol)
+			return err
+		},
+		"QueryRow": func(ctx context.Context) error { return db.QueryRow(ctx, `SELECT $1::int`, 1).Scan(new(int)) },
+	} {
+		x.warm(2)
+		x.strait.drop()
+		ctx, cancel := context.WithCancel(x.ctx)
+		l.cancel.Store(&cancel)
+		err := call(ctx)
+		l.cancel.Store(nil)
+		cancel()
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v; want the context's error", name, err)
+		}
+		if !errors.Is(err, pgconn.ErrConnClosed) && !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("%s: %v; want what was found, and no second try", name, err)
+		}
 	}
 }
 
