@@ -82,7 +82,7 @@ var (
 	ErrInProgress = errors.New("tenancy: another operation on this tenant is in progress")
 	// ErrBusy: too many calls wait for a connection of the tenant, or none came in time. Nothing was sent.
 	ErrBusy = errors.New("tenancy: no connection is free")
-	// ErrCommitUnknown: the answer to a COMMIT was lost. The transaction is committed or rolled back, whole either way; the library does not try again.
+	// ErrCommitUnknown: the answer to a COMMIT was lost, or a CommitQuery (pgx.TxOptions) failed, which may have been behind its COMMIT. The transaction is committed or rolled back, whole either way; the library does not try again.
 	ErrCommitUnknown = errors.New("tenancy: it is not known whether the transaction was committed")
 	// ErrClosed: the Tenancy was shut down.
 	ErrClosed = errors.New("tenancy: closed")
