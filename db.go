@@ -43,12 +43,7 @@ type TenantAwareDB struct {
 	host bool
 }
 
-const (
-	rollbackTimeout = 5 * time.Second
-	// leftRollbackTimeout is that of a rollback whose caller's ctx has ended.
-	leftRollbackTimeout = 50 * time.Millisecond
-	closeTimeout        = time.Second // for the good-bye on a connection that is given up
-)
+const closeTimeout = time.Second // for the good-bye on a connection that is given up
 
 // Exec runs sql and returns its command tag. The connection is given back before it returns.
 func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error) {
@@ -293,8 +288,8 @@ func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (
 }
 
 // InTx runs fn in a transaction and commits it when fn returns nil. When fn returns an error or
-// panics, or ctx has ended before the commit, it is rolled back; the rollback has 5 s of its own,
-// whatever became of ctx. fn gets ctx, which carries the session.
+// panics, or ctx has ended before the commit, it is rolled back; the rollback has 5 s, and 50 ms from the end of
+// ctx on, and then the connection is closed. fn gets ctx, which carries the session.
 //
 // Inside fn nobody can switch: with its ctx [Tenancy.Enter], [Tenancy.Impersonate] and [Tenancy.Resolve] into another tenant, and
 // all work on what [AsHost] returns, are refused with [ErrTenantMismatch].
@@ -309,13 +304,7 @@ func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx 
 	ended := false
 	defer func() { // also for a panic, which goes on afterwards, and for runtime.Goexit
 		if !ended {
-			bound := rollbackTimeout
-			if ctx.Err() != nil { // the caller has gone, and closing the connection rolls back as well
-				bound = leftRollbackTimeout
-			}
-			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), bound)
-			defer cancel()
-			t.Rollback(undo) // a failure closes the connection, and with it the transaction
+			rollback(ctx, t)
 		}
 	}()
 	if err := fn(withTx(ctx, txOwner{db.tn.realm, t.(*guardedTx).tenant()}), t); err != nil {
