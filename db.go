@@ -402,8 +402,8 @@ func (db *TenantAwareDB) checkoutFor(ctx context.Context, op string, alive bool)
 
 // dead says whether the server has said good-bye, which it only does of itself.
 func (c *checkout) dead() bool {
-	mark, _ := c.conn.Conn().PgConn().CustomData()[markKey].(*proof)
-	return mark != nil && mark.stirs()
+	conn := budget.Of(c.conn.Conn().PgConn().Conn())
+	return conn != nil && conn.Stirs()
 }
 
 // acquireAnew reads the tenant's configuration once more and tries again if it is a newer one. p is the pool whose login was refused.
