@@ -379,7 +379,7 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 		// Somebody else closed the pool. Nothing was sent, and the next lease is a new pool's.
 		c, err = db.tn.acquire(ctx, r)
 	}
-	if err != nil && (isState(err, "28P01", "28000") || errors.Is(err, errUnbound)) {
+	if err != nil && (loginRefused(c.pool, err) || errors.Is(err, errUnbound)) {
 		// It may have been another for a moment, which the feed has not told us yet.
 		c, err = db.tn.acquireAnew(ctx, r, c.pool, err)
 	}
