@@ -5,7 +5,6 @@ import (
 	"errors"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/msmt-go/tenancy/internal/ident"
@@ -25,11 +24,7 @@ func insertRows(ctx context.Context, b interface {
 	if err != nil {
 		return 0, err
 	}
-	defer func() { // also when the source panics; after the commit it does nothing
-		back, done := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-		defer done()
-		_ = tx.Rollback(back)
-	}()
+	defer rollback(ctx, tx) // also when the source panics; after the commit it does nothing
 	sql := insertSQL(table, columns)
 	for more := true; more; {
 		var batch pgx.Batch

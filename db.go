@@ -45,12 +45,7 @@ type TenantAwareDB struct {
 	host bool
 }
 
-const (
-	rollbackTimeout = 5 * time.Second
-	// leftRollbackTimeout is that of a rollback whose caller's ctx has ended.
-	leftRollbackTimeout = 50 * time.Millisecond
-	closeTimeout        = time.Second // for the good-bye on a connection that is given up
-)
+const closeTimeout = time.Second // for the good-bye on a connection that is given up
 
 // Exec runs sql and returns its command tag. The connection is given back before it returns.
 func (db *TenantAwareDB) Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error) {
@@ -341,8 +336,8 @@ func (db *TenantAwareDB) BeginTx(ctx context.Context, txOptions pgx.TxOptions) (
 }
 
 // InTx runs fn in a transaction and commits it when fn returns nil. When fn returns an error or
-// panics, or ctx has ended before the commit, it is rolled back; the rollback has 5 s of its own,
-// whatever became of ctx. fn gets ctx, which carries the session.
+// panics, or ctx has ended before the commit, it is rolled back; the rollback has 5 s, and 50 ms from the end of
+// ctx on, and then the connection is closed. fn gets ctx, which carries the session.
 //
 // Inside fn nobody can switch: with its ctx [Tenancy.Enter], [Tenancy.Impersonate] and [Tenancy.Resolve] into another tenant, and
 // all work on what [AsHost] returns, are refused with [ErrTenantMismatch].
@@ -357,13 +352,7 @@ func (db *TenantAwareDB) InTx(ctx context.Context, o pgx.TxOptions, fn func(ctx 
 	ended := false
 	defer func() { // also for a panic, which goes on afterwards, and for runtime.Goexit
 		if !ended {
-			bound := rollbackTimeout
-			if ctx.Err() != nil { // the caller has gone, and closing the connection rolls back as well
-				bound = leftRollbackTimeout
-			}
-			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), bound)
-			defer cancel()
-			t.Rollback(undo) // a failure closes the connection, and with it the transaction
+			rollback(ctx, t)
 		}
 	}()
 	if err := fn(withTx(ctx, txOwner{db.tn.realm, t.(*guardedTx).tenant()}), t); err != nil {
@@ -435,7 +424,7 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 		// Somebody else closed the pool. Nothing was sent, and the next lease is a new pool's.
 		c, err = db.tn.acquire(ctx, r)
 	}
-	if err != nil && (isState(err, "28P01", "28000") || errors.Is(err, errUnbound)) {
+	if err != nil && (loginRefused(c.pool, err) || errors.Is(err, errUnbound)) {
 		// It may have been another for a moment, which the feed has not told us yet.
 		c, err = db.tn.acquireAnew(ctx, r, c.pool, err)
 	}
@@ -458,8 +447,8 @@ func (db *TenantAwareDB) checkoutFor(ctx context.Context, op string, alive bool)
 
 // dead says whether the server has said good-bye, which it only does of itself.
 func (c *checkout) dead() bool {
-	mark, _ := c.conn.Conn().PgConn().CustomData()[markKey].(*proof)
-	return mark != nil && mark.stirs()
+	conn := budget.Of(c.conn.Conn().PgConn().Conn())
+	return conn != nil && conn.Stirs()
 }
 
 // acquireAnew reads the tenant's configuration once more and tries again if it is a newer one. p is the pool whose login was refused.

@@ -80,3 +80,9 @@ func connectError(err error) error {
 	}
 	return withoutSecrets(err)
 }
+
+// loginRefused says whether err may be the refusal of a login, in p where its pool could be built. PgBouncer 1.18 says 08P01 then, as it does to all
+// that goes wrong.
+func loginRefused(p *tenantPool, err error) bool {
+	return isState(err, "28P01", "28000") || p != nil && p.want.pooled && isState(err, "08P01")
+}

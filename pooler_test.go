@@ -616,6 +616,38 @@ func testRotationsBehindAPooler(t *testing.T, as tenancy.Isolation) {
 	}
 }
 
+// TestANewPasswordIsReadWhenAPoolerRefusesTheOldOne: the catalog has a newer generation of which this node has not heard. No call fails.
+func TestANewPasswordIsReadWhenAPoolerRefusesTheOldOne(t *testing.T) {
+	t.Parallel()
+	f, b, setup, acme, globex := pooledFleet(t, tenancy.Config{}, "")
+	w, tn := watchedNode(t, f, tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 10 * time.Second}})
+	w.deafen()
+	ctx, other := tenancytest.Context(t, tn, acme.Name), tenancytest.Context(t, tn, globex.Name)
+	d := sourceOf(t, setup, acme.ID)
+	must(t, b.admin, `ALTER ROLE `+d.User+` PASSWORD 'another'`)
+	d.Password = "another"
+	if err := setup.Catalog().SetDataSource(t.Context(), acme.ID, d); err != nil {
+		t.Fatal(err)
+	}
+	asked := w.asked("tenant")
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 5 {
+				for _, ctx := range []context.Context{ctx, other} {
+					if _, err := titles(ctx, tn); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if n := w.asked("tenant") - asked; n != 1 {
+		t.Errorf("the primary was asked %d times, want once", n)
+	}
+}
+
 // TestAPoolerThatLogsInAsAnotherIsRefusedInASharedSchema is the mistake that row-level security cannot see: PgBouncer's sessions are all of one tenant's login.
 func TestAPoolerThatLogsInAsAnotherIsRefusedInASharedSchema(t *testing.T) {
 	t.Parallel()

@@ -55,6 +55,7 @@
 package tenancy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -64,7 +65,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/msmt-go/tenancy/internal/budget"
 	"github.com/msmt-go/tenancy/internal/lease"
 )
 
@@ -180,9 +183,8 @@ func (tn *Tenancy) start(ctx context.Context, host *pgxpool.Config) (err error) 
 	tn.pools, tn.slots = tn.newPools(maker), tn.newSlots(maker)
 	tn.followers = append(tn.followers, tableFollower[*tenantPool]{tn.pools})
 	if host != nil {
-		tn.servers.ownPool(host.ConnConfig)
-		if tn.hostPool, err = pgxpool.NewWithConfig(ctx, host); err != nil {
-			return withoutSecrets(err)
+		if tn.hostPool, err = tn.openHost(ctx, host); err != nil {
+			return err
 		}
 	}
 	if err := tn.primary.verify(ctx); err != nil {
@@ -297,6 +299,28 @@ func hostConfig(cfg Config, servers *servers) (*pgxpool.Config, error) {
 	pc.PingTimeout = cfg.Limits.PingTimeout
 	servers.setAside(pc.ConnConfig, int(pc.MaxConns))
 	return pc, nil
+}
+
+// openHost makes the host's pool, which drops its idle connections when a tenant's would, see guardErrors.
+func (tn *Tenancy) openHost(ctx context.Context, cfg *pgxpool.Config) (*pgxpool.Pool, error) {
+	tn.servers.ownPool(cfg.ConnConfig)
+	var opened atomic.Pointer[pgxpool.Pool] // it may connect before it is returned
+	judge := cfg.ConnConfig.OnPgError
+	cfg.ConnConfig.OnPgError = func(conn *pgconn.PgConn, err *pgconn.PgError) bool {
+		if c := budget.Of(conn.Conn()); c != nil && cmp.Or(err.SeverityUnlocalized, err.Severity) == "FATAL" {
+			c.LastWords()
+		}
+		if pool := opened.Load(); pool != nil && outdates(conn, err) {
+			pool.Reset()
+		}
+		return judge(conn, err)
+	}
+	pool, err := pgxpool.NewWithConfig(ctx, cfg)
+	if err != nil {
+		return nil, withoutSecrets(err)
+	}
+	opened.Store(pool)
+	return pool, nil
 }
 
 // DB returns the database of the context's tenant: each call runs on the pool of the tenant in its

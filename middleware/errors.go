@@ -3,9 +3,13 @@ package middleware
 import (
 	"context"
 	"errors"
+	"io"
+	"net"
 	"net/http"
+	"syscall"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/msmt-go/tenancy"
 )
 
@@ -86,6 +90,8 @@ var (
 	// refused is of a server that did nothing of what it was told.
 	refused = answer{status: http.StatusServiceUnavailable, name: "tenant-unavailable",
 		detail: "The tenant's database cannot be reached at the moment.", retry: time.Second, members: true}
+	// ended is of a session that ended under a statement.
+	ended    = answer{status: refused.status, name: refused.name, detail: refused.detail, retry: refused.retry, members: true, halfway: true}
 	failed   = answer{status: http.StatusInternalServerError}
 	notFound = answerTo(tenancy.ErrTenantNotFound)
 	unknown  = answerTo(tenancy.ErrCommitUnknown)
@@ -103,14 +109,30 @@ func answerTo(err error) answer {
 		case "57P03", "25006": // the server restarts or is read-only: the next try is told why, or works
 			return refused
 		case "57P01", "57P02": // the session was ended, as an operator or a restart does
-			a := refused
-			a.halfway = true
-			return a
+			return ended
+		case "08P01": // a pooler's, whose server is gone; the server's own is no FATAL one, and the session goes on
+			if pg, ok := errors.AsType[*pgconn.PgError](err); ok && pg.Severity == "FATAL" {
+				return ended
+			}
 		case "57014": // of statement_timeout, or of an operator
 			return answerTo(context.DeadlineExceeded)
 		}
+		return failed
+	}
+	if broken(err) {
+		return ended
 	}
 	return failed
+}
+
+// broken says whether a connection broke, as those of a server do that crashes or is cut off. It need not have been the tenant's.
+func broken(err error) bool {
+	for _, sign := range []error{pgconn.ErrConnClosed, io.ErrUnexpectedEOF, net.ErrClosed, syscall.ECONNRESET, syscall.EPIPE, syscall.ETIMEDOUT} {
+		if errors.Is(err, sign) {
+			return true
+		}
+	}
+	return false
 }
 
 // answerFor is answerTo for the caller of r.

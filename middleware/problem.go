@@ -36,9 +36,10 @@ type Problem struct {
 //	400  [tenancy.ErrInvalid]
 //	503  [tenancy.ErrTenantMaintenance], [tenancy.ErrTenantNotReady], [tenancy.ErrSchemaBehind], [tenancy.ErrPrimaryUnavailable],
 //	     [tenancy.ErrTenantUnavailable], [tenancy.ErrBusy], [tenancy.ErrClosed], a deadline, and these answers of the server: 57P03 (it restarts), 25006 (it
-//	     is read-only), 57014 (the statement took too long), for safe methods 57P01 and 57P02 (it ended the session): with Retry-After
+//	     is read-only), 57014 (the statement took too long), for safe methods 57P01 and 57P02 (it ended the session), a pooler's 08P01 (its server is gone) and
+//	     a broken connection: with Retry-After
 //	499  the caller hung up
-//	500  [tenancy.ErrCommitUnknown] and, for methods that are not safe, 57P01 and 57P02, which are not to be tried again blindly; and everything else, such as [tenancy.ErrNoTenant]: the route lacks [Middleware.Tenant]
+//	500  [tenancy.ErrCommitUnknown] and, for methods that are not safe, a session that ended so or broke, which are not to be tried again blindly; and everything else, such as [tenancy.ErrNoTenant]: the route lacks [Middleware.Tenant]
 func ProblemOf(r *http.Request, err error) Problem {
 	a := answerFor(r, err)
 	p := Problem{Title: a.title, Status: a.status, Detail: a.detail, RetryAfter: a.retry}

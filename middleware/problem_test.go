@@ -4,8 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"syscall"
 	"testing"
 	"time"
 
@@ -119,25 +123,33 @@ func TestProblemOfTheServiceItself(t *testing.T) {
 	wantProblem(t, w, 500)
 }
 
-func TestASessionThatTheServerEndedIsNoFailureOfTheService(t *testing.T) {
+func TestASessionThatEndedIsNoFailureOfTheService(t *testing.T) {
+	ended := map[error]bool{ // whether nothing was done
+		&pgconn.PgError{Code: "57P01"}: false, &pgconn.PgError{Code: "57P02"}: false, &pgconn.PgError{Code: "57P03"}: true, &pgconn.PgError{Code: "25006"}: true,
+		&pgconn.PgError{Code: "08P01", Severity: "FATAL", Message: "server conn crashed?"}: false,
+		pgconn.ErrConnClosed: false, io.ErrUnexpectedEOF: false, net.ErrClosed: false,
+		&net.OpError{Op: "read", Err: os.NewSyscallError("read", syscall.ECONNRESET)}: false, &net.OpError{Op: "write", Err: os.NewSyscallError("write", syscall.EPIPE)}: false,
+		&net.OpError{Op: "read", Err: os.NewSyscallError("read", syscall.ETIMEDOUT)}: false,
+	}
 	for _, method := range []string{"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "PURGE"} {
 		r := httptest.NewRequest(method, "/", nil)
-		for _, code := range []string{"57P01", "57P02", "57P03", "25006"} {
-			p := tenantmw.ProblemOf(r, fmt.Errorf("list notes: %w", &pgconn.PgError{Code: code}))
-			refused := code == "57P03" || code == "25006" // nothing was done
+		for err, refused := range ended {
+			p := tenantmw.ProblemOf(r, fmt.Errorf("list notes: %w", err))
 			if refused || method == "GET" || method == "HEAD" || method == "OPTIONS" {
 				if p.Status != http.StatusServiceUnavailable || p.RetryAfter == 0 {
-					t.Errorf("%s, %s: %d, retry after %v; want 503 with a time", method, code, p.Status, p.RetryAfter)
+					t.Errorf("%s, %v: %d, retry after %v; want 503 with a time", method, err, p.Status, p.RetryAfter)
 				}
 				continue
 			}
 			// It may have been done, and whoever tries again by itself does it twice.
 			if p.Status != http.StatusInternalServerError || p.Type != "urn:tenancy:problem:outcome-unknown" || p.RetryAfter != 0 {
-				t.Errorf("%s, %s: %d, %s, retry after %v; want an unknown outcome", method, code, p.Status, p.Type, p.RetryAfter)
+				t.Errorf("%s, %v: %d, %s, retry after %v; want an unknown outcome", method, err, p.Status, p.Type, p.RetryAfter)
 			}
 		}
 	}
-	if p := tenantmw.ProblemOf(httptest.NewRequest("GET", "/", nil), &pgconn.PgError{Code: "42P01"}); p.Status != http.StatusInternalServerError || p.Type != "" {
-		t.Errorf("42P01: %d, %s; want 500", p.Status, p.Type)
+	for _, err := range []*pgconn.PgError{{Code: "42P01"}, {Code: "08P01", Severity: "ERROR"}} {
+		if p := tenantmw.ProblemOf(httptest.NewRequest("GET", "/", nil), err); p.Status != http.StatusInternalServerError || p.Type != "" {
+			t.Errorf("%v: %d, %s; want 500", err, p.Status, p.Type)
+		}
 	}
 }

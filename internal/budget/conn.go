@@ -473,5 +473,5 @@ func (s *Server) dialOwn(ctx context.Context, dial DialFunc, network, addr strin
 		free()
 		return nil, err
 	}
-	return &Conn{Conn: inner, server: s, shared: shared, free: free}, nil
+	return &Conn{Conn: inner, server: s, shared: shared, free: free, stir: newStirrer(inner)}, nil
 }
