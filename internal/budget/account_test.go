@@ -187,7 +187,7 @@ func TestTimeoutTellsOfTheLastConnect(t *testing.T) {
 		p := w.pool(1, 4)
 		var calls []time.Duration
 		began, err := time.Now(), errors.New("53300")
-		p.connect = func() (time.Duration, error) {
+		p.connect = func(context.Context) (time.Duration, error) {
 			calls = append(calls, time.Since(began))
 			return 50 * ms, err
 		}
@@ -260,11 +260,11 @@ func TestAFailureToConnectIsOneCallers(t *testing.T) {
 func TestAPanicOfConnectIsTheCallersError(t *testing.T) {
 	in(t, 4, func(t *testing.T, w *world) {
 		p := w.pool(1, 4)
-		p.connect = func() (time.Duration, error) { panic("hook") }
+		p.connect = func(context.Context) (time.Duration, error) { panic("hook") }
 		if _, err := p.take(t.Context(), time.Second); err == nil || !strings.Contains(err.Error(), "panicked: hook") {
 			t.Errorf("panic: %v", err)
 		}
-		p.connect = func() (time.Duration, error) { runtime.Goexit(); return 0, nil }
+		p.connect = func(context.Context) (time.Duration, error) { runtime.Goexit(); return 0, nil }
 		if _, err := p.take(t.Context(), time.Second); err == nil || !strings.Contains(err.Error(), "ended its goroutine") {
 			t.Errorf("Goexit: %v", err)
 		}

@@ -55,8 +55,13 @@ func TestTheDialerNeverWaits(t *testing.T) {
 			}
 			return err
 		}
-		making, _ := budget.Making(context.Background())
-		if err := errors.Join(dial(t.Context()), dial(making)); err != nil {
+		var ended context.Context // of an attempt that is over
+		p.connect = func(making context.Context) (time.Duration, error) { ended = making; return 0, errRefused }
+		if _, err := p.take(t.Context(), time.Second); err != errRefused {
+			t.Fatal(err)
+		}
+		p.connect = nil
+		if err := errors.Join(dial(t.Context()), dial(ended)); err != nil {
 			t.Errorf("with free permits: %v", err)
 		}
 		synctest.Wait()
@@ -65,8 +70,8 @@ func TestTheDialerNeverWaits(t *testing.T) {
 		if err := dial(t.Context()); err != budget.ErrNoPermit {
 			t.Errorf("without a permit: %v", err)
 		}
-		if err := dial(making); err != budget.ErrNoPermit {
-			t.Errorf("without a permit of its own: %v", err)
+		if err := dial(ended); err != budget.ErrNoPermit {
+			t.Errorf("of an attempt that is over: %v", err)
 		}
 		if time.Since(began) != 0 {
 			t.Errorf("it took %v", time.Since(began))
@@ -375,7 +380,7 @@ func TestShrinkClosesOneIdleConnection(t *testing.T) {
 		p.give(w.take(p))
 		p.give(c)
 		time.Sleep(time.Minute)
-		w.Shrink()
+		p.account.Shrink()
 		synctest.Wait()
 		if u := p.account.Usage(); u.Conns != 1 || u.Busy != 0 {
 			t.Errorf("%+v", u)

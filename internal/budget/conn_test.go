@@ -456,7 +456,7 @@ func TestAnAttemptThatNeedsNoSocketGivesItsPermitBackAtOnce(t *testing.T) {
 		w.b.slow(time.Second, 0)
 		first := w.call(p) // dials
 		release := make(chan struct{})
-		p.connect = func() (time.Duration, error) {
+		p.connect = func(context.Context) (time.Duration, error) {
 			<-release
 			return 0, nil // found one
 		}
@@ -572,7 +572,7 @@ func TestAnAccountThatDialsIsNotForgotten(t *testing.T) {
 func TestAnUnseenPoolIsNotBounded(t *testing.T) {
 	in(t, 1, func(t *testing.T, w *world) {
 		p := w.pool(1, 1)
-		p.connect = func() (time.Duration, error) {
+		p.connect = func(context.Context) (time.Duration, error) {
 			time.Sleep(10 * ms)
 			p.account.Unseen()
 			p.account.Unseen()
@@ -642,11 +642,10 @@ func TestAnotherAddressOfTheSameNameIsTriedWithTheSamePermit(t *testing.T) {
 	in(t, 1, func(t *testing.T, w *world) { // one permit: none is free beside the attempt's
 		p := w.pool(1, 1)
 		w.b.slow(0, 20*ms)
-		p.connect = func() (time.Duration, error) {
-			making, dialled := budget.Making(context.Background())
+		p.connect = func(making context.Context) (time.Duration, error) {
 			route := p.account.Route(p.dial)
 			first, err := route.Dial(making, "tcp", "one:5432")
-			if err != nil || !dialled() {
+			if err != nil || !budget.Dialled(making) {
 				return 0, errors.Join(errors.New("the first address"), err)
 			}
 			first.Close() // it spoke no PostgreSQL
@@ -701,8 +700,7 @@ func TestAPermitThatWaitsForItsSocketIsNoRoomForAnother(t *testing.T) {
 		p := w.pool(1, 2)
 		held := w.take(p)
 		w.b.slow(0, 20*ms)
-		p.connect = func() (time.Duration, error) {
-			making, _ := budget.Making(context.Background())
+		p.connect = func(making context.Context) (time.Duration, error) {
 			route := p.account.Route(p.dial)
 			first, err := route.Dial(making, "tcp", "one:5432")
 			if err != nil {
@@ -738,8 +736,7 @@ func TestAnAttemptThatFailsAtEachAddressLeavesNothingBehind(t *testing.T) {
 		p := w.pool(1, 2)
 		w.b.slow(0, 20*ms)
 		refused := errors.New("it speaks no PostgreSQL")
-		p.connect = func() (time.Duration, error) {
-			making, _ := budget.Making(context.Background())
+		p.connect = func(making context.Context) (time.Duration, error) {
 			route := p.account.Route(p.dial)
 			for _, addr := range []string{"one:5432", "two:5432"} {
 				c, err := route.Dial(making, "tcp", addr)

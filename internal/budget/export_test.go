@@ -6,6 +6,7 @@ const (
 	LingerTimeout  = lingerTimeout
 	LingerOneSided = lingerOneSided
 	LingerUsual    = lingerUsual
+	Rest           = rest
 )
 
 // Lock holds the server's mutex until the returned function is called.
@@ -26,10 +27,10 @@ func Give(a *Account, n int) {
 	s := a.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	a.add(int64(n) * oneConn)
+	a.addConnLocked(int64(n))
 	s.used += n
 	if n > 0 {
-		s.accounts[a] = struct{}{}
+		s.holdLocked(a)
 	}
 }
 

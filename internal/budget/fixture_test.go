@@ -149,12 +149,12 @@ func abort(c *budget.Conn) {
 type pool struct {
 	account *budget.Account
 	w       *world
-	connect func() (time.Duration, error) // instead of connectOne
-	tcp     budget.DialFunc               // instead of the backend's
-	patient time.Duration                 // of connectOne
-	proof   time.Duration                 // from a dial until the pool has the connection
-	hidden  atomic.Bool                   // a hook has the idle connections: nobody finds them
-	panics  atomic.Bool                   // evict does
+	connect func(making context.Context) (time.Duration, error) // instead of connectOne
+	tcp     budget.DialFunc                                     // instead of the backend's
+	patient time.Duration                                       // of connectOne
+	proof   time.Duration                                       // from a dial until the pool has the connection
+	hidden  atomic.Bool                                         // a hook has the idle connections: nobody finds them
+	panics  atomic.Bool                                         // evict does
 	cut     atomic.Bool
 	evicts  atomic.Int64
 	misses  atomic.Int64 // acquires that found no idle connection, and no permit
@@ -260,11 +260,10 @@ func (p *pool) acquire(ctx context.Context) (*budget.Conn, error) {
 	}
 }
 
-func (p *pool) connectOne() (time.Duration, error) {
+func (p *pool) connectOne(making context.Context) (time.Duration, error) {
 	if p.connect != nil {
-		return p.connect()
+		return p.connect(making)
 	}
-	making, _ := budget.Making(context.Background())
 	ctx, cancel := context.WithTimeout(making, p.patient)
 	defer cancel()
 	c, err := p.acquire(ctx)
