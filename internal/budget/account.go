@@ -719,6 +719,9 @@ func (q *queue) push(a *Account) { q.list = append(q.list, a) }
 
 // postpone has a wait from now on, behind the others: they may have less.
 func (q *queue) postpone(a *Account) {
+	if len(q.list) == 1 {
+		return
+	}
 	q.remove(a)
 	q.push(a)
 	a.since = time.Now()
