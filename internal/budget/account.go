@@ -503,7 +503,6 @@ func (a *Account) connected(at *attempt, retry time.Duration, err error) {
 	} else if err == nil {
 		a.spareLocked()
 	}
-	a.used.Store(s.clock.Load())
 	if err != nil && retry == 0 && len(a.waiters) > 0 && a.servingLocked() {
 		retry = min(a.cfg.Patience-time.Since(a.waiters[0].since), failedPause)
 	}

@@ -250,6 +250,13 @@ func TestAFailureToConnectIsNobodysBesideAConnectionThatMayComeBack(t *testing.T
 			t.Errorf("%v after %v, want the refusal after the patience", err, time.Since(began))
 		}
 		next.conn.Doom() // it comes back no more
+		w.b.refuse(nil)
+		unproved, err := p.account.Route(p.dial).Dial(t.Context(), "tcp", "db:5432") // and this one may never come
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unproved.Close()
+		w.b.refuse(errRefused)
 		began = time.Now()
 		if _, err := p.take(t.Context(), time.Minute); err != errRefused || time.Since(began) != 0 {
 			t.Errorf("%v after %v, want the refusal at once", err, time.Since(began))

@@ -64,7 +64,7 @@ type Server struct {
 	cancels chan struct{}
 
 	hungry atomic.Int32  // accounts and works that wait for a permit: who leaves an account looks here
-	clock  atomic.Uint64 // the time by which the coldest account is found: it counts what happens under mu, and rests
+	clock  atomic.Uint64 // the time by which the coldest account is found: it counts connections that are made, and rests
 
 	waiters sync.Pool // of those who wait no more
 
@@ -128,7 +128,6 @@ func (s *Server) mayGrowLocked(a *Account) bool {
 // freeLocked takes a permit back and gives it on.
 func (s *Server) freeLocked() {
 	s.used--
-	s.clock.Add(1)
 	s.serveLocked()
 }
 

@@ -228,11 +228,17 @@ func TestAnEndlessLineBelowItsFloorGivesWayToWhoHasNothing(t *testing.T) {
 }
 
 func TestAConnectionChangesHandsOnlyTowardsWhoHasLess(t *testing.T) {
+	for _, ceiling := range []int{6, 10} { // with 10 who has all is in line too, and first
+		testChangingHands(t, ceiling)
+	}
+}
+
+func testChangingHands(t *testing.T, ceiling int) {
 	in(t, 6, func(t *testing.T, w *world) {
 		w.b.slow(4*ms, ms)
 		stop := make(chan struct{})
 		var wg sync.WaitGroup
-		a, b := w.pool(1, 6), w.pool(1, 6)
+		a, b := w.pool(1, ceiling), w.pool(1, ceiling)
 		busy := func(p *pool) {
 			for range 20 {
 				wg.Go(func() { w.loop(p, 2*ms, stop) })
@@ -323,23 +329,33 @@ func TestTheColdestIdleConnectionMakesRoom(t *testing.T) {
 
 // Also when nothing is opened or closed for long.
 func TestTheColdestIsTheOneLeastRecentlyUsed(t *testing.T) {
-	in(t, 10, func(t *testing.T, w *world) {
+	for _, apart := range []time.Duration{0, budget.Rest + ms} {
+		testTheColdest(t, apart)
+	}
+}
+
+func testTheColdest(t *testing.T, apart time.Duration) {
+	in(t, 11, func(t *testing.T, w *world) {
 		var pools []*pool
 		for range 10 {
 			p := w.pool(1, 4)
 			p.give(w.take(p))
 			pools = append(pools, p)
 		}
+		other := w.pool(1, 4)
+		held := w.take(other)
 		time.Sleep(budget.Rest)
-		for _, p := range pools {
-			p.give(w.take(p))
-		}
 		for i := range pools {
-			time.Sleep(budget.Rest + ms)
 			for _, later := range pools[i:] {
 				later.give(w.take(later))
 			}
+			if time.Sleep(apart); apart == 0 { // in the same second, with a connection made in between
+				other.drop(held)
+				synctest.Wait()
+				held = w.take(other)
+			}
 		}
+		defer func() { other.give(held) }()
 		for i, p := range pools {
 			next := w.call(w.pool(1, 1))
 			if p.evicts.Load() != 1 {

@@ -347,7 +347,7 @@ func (a *Account) parked(at *attempt) (parked []*Conn) {
 		return nil
 	}
 	for c := range a.open {
-		if c.attempt == at && c.parked {
+		if c.attempt == at {
 			parked = append(parked, c)
 		}
 	}
@@ -367,7 +367,6 @@ func (a *Account) claim(at *attempt) (*attempt, error) {
 		return nil, ErrNoPermit
 	}
 	s.used++
-	s.clock.Add(1)
 	a.addConnLocked(1)
 	return nil, nil
 }

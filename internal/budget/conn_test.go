@@ -3,6 +3,7 @@ package budget_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -482,6 +483,11 @@ func TestADialThatOutlivesItsConnect(t *testing.T) {
 			if _, err := p.take(t.Context(), time.Minute); err != context.DeadlineExceeded {
 				t.Errorf("who waited for it: %v", err)
 			}
+			time.Sleep(2 * time.Second)
+			if w.Accounts() != 0 {
+				t.Error("the account is remembered without a connection")
+			}
+			_, _ = p.take(t.Context(), time.Minute)
 			p.patient = time.Minute
 			next := w.call(p) // the ceiling is reached
 			time.Sleep(995 * ms)
@@ -678,6 +684,13 @@ func TestAnUnseenPoolIsNotBounded(t *testing.T) {
 		}
 		other := w.call(w.pool(1, 1)) // and nothing is asked of it
 		other.give()
+		time.Sleep(100 * ms)
+		other = w.call(w.pool(1, 1)) // nor waited for: it is nobody above its floor
+		if d := other.wait(); d != 0 {
+			t.Errorf("served after %v", d)
+		}
+		other.give()
+		w.pools = append(w.pools[:1], other.p)
 		held := w.take(other.p)
 		if _, err := w.pools[1].take(t.Context(), time.Second); err != budget.ErrTimeout || p.evicts.Load() != 0 {
 			t.Errorf("%v, asked %d times", err, p.evicts.Load())
@@ -923,5 +936,30 @@ func TestAFirstAddressThatIsFrozenDoesNotKeepThePermit(t *testing.T) {
 		}
 		w.b.slow(0, 0)
 		first.give()
+	})
+}
+
+// A hook of the pool that uses another account with the context of an attempt: that is not the attempt's.
+func TestADialOfAnotherAccountIsNotTheAttempts(t *testing.T) {
+	in(t, 4, func(t *testing.T, w *world) {
+		p, other := w.pool(1, 2), w.pool(1, 2)
+		w.b.slow(0, 20*ms)
+		p.connect = func(making context.Context) (time.Duration, error) {
+			first, err := p.account.Route(p.dial).Dial(making, "tcp", "one:5432")
+			if err != nil {
+				return 0, err
+			}
+			first.Close()
+			began := time.Now()
+			c, err := other.account.Route(other.dial).Dial(making, "tcp", "db:5432")
+			if err != nil || time.Since(began) != 0 {
+				return 0, fmt.Errorf("%v after %v", err, time.Since(began))
+			}
+			c.Close()
+			return 0, errRefused
+		}
+		if _, err := p.take(t.Context(), time.Second); err != errRefused {
+			t.Error(err)
+		}
 	})
 }

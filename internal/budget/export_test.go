@@ -23,6 +23,13 @@ func (s *Server) Accounts() int {
 	return len(s.accounts)
 }
 
+// Ticking says whether a timer counts the next rest.
+func (s *Server) Ticking() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ticking
+}
+
 // Expires says whether a timer will go off at a waiter's deadline. It stops it.
 func (a *Account) Expires() bool {
 	a.server.mu.Lock()

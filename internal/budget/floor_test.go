@@ -66,20 +66,25 @@ func TestAFloodTakesTheFloorOfNobodyAtWork(t *testing.T) {
 	})
 }
 
-// Of many connections those above the floor make room.
+// Of several idle connections those above the floor make room, and no more.
 func TestAnAccountGivesUpWhatItHasAboveItsFloor(t *testing.T) {
-	in(t, 6, func(t *testing.T, w *world) {
+	in(t, 7, func(t *testing.T, w *world) {
 		a := w.pool(2, 4)
+		a.evictBy = 5 * ms
 		var held []*budget.Conn
 		for range 4 {
 			held = append(held, w.take(a))
 		}
-		b := w.pool(1, 4)
-		bs := []*budget.Conn{w.take(b), w.take(b)}
-		time.Sleep(budget.Patience)
+		var others []*pool
+		var conns []*budget.Conn
+		for range 3 {
+			p := w.pool(1, 2)
+			others, conns = append(others, p), append(conns, w.take(p))
+		}
+		time.Sleep(100 * ms)
 		var more []*call
-		for range 2 {
-			more = append(more, w.call(b))
+		for _, p := range others {
+			more = append(more, w.call(p))
 		}
 		for _, c := range held { // all idle at the same time
 			a.put(c)
@@ -87,22 +92,46 @@ func TestAnAccountGivesUpWhatItHasAboveItsFloor(t *testing.T) {
 		for range held {
 			a.account.Leave()
 		}
-		for range 20 {
+		for range 100 { // and at work
 			time.Sleep(ms)
-			if !a.account.TryEnter() { // at work
+			if !a.account.TryEnter() {
 				t.Fatal("its last connections are gone")
 			}
 			a.account.Leave()
 		}
-		for _, c := range more {
-			c.give()
+		if u := a.account.Usage(); u.Conns != 2 || !more[0].served() || !more[1].served() || more[2].served() {
+			t.Errorf("%+v, want the two of the floor", u)
 		}
-		if u := a.account.Usage(); u.Conns != 2 {
-			t.Errorf("it has %d connections, want the 2 of its floor", u.Conns)
+		more[0].give()
+		for i, c := range more {
+			if i > 0 {
+				c.give()
+			}
+			others[i].give(conns[i])
 		}
-		for _, c := range bs {
-			b.give(c)
+	})
+}
+
+// What is on its way to who has nothing is not taken from who is at its floor a second time, for somebody who has enough.
+func TestTheFloorIsNotTakenForWhoComesLater(t *testing.T) {
+	in(t, 3, func(t *testing.T, w *world) {
+		gone, rich, b := w.pool(1, 1), w.pool(1, 2), w.pool(1, 1)
+		c, held := w.take(gone), w.take(rich)
+		b.give(w.take(b))
+		time.Sleep(100 * ms)
+		w.b.slow(0, 50*ms)
+		gone.drop(c)
+		synctest.Wait()
+		poor := w.call(w.pool(1, 1))
+		more := w.call(rich)
+		w.working(b, 45*ms)
+		if b.evicts.Load() != 0 {
+			t.Error("it lost its connection")
 		}
+		w.b.slow(0, 0)
+		poor.give()
+		rich.give(held)
+		more.give()
 	})
 }
 
@@ -161,6 +190,9 @@ func TestWhoHasNothingWaitsForThoseAboveTheirFloorInVain(t *testing.T) {
 func TestWhoHasNothingIsServedByThoseAtTheirFloor(t *testing.T) {
 	in(t, 2, func(t *testing.T, w *world) {
 		a, b := w.pool(1, 4), w.pool(1, 4)
+		first, second := w.take(a), w.take(a)
+		a.drop(first) // it is above its floor no more
+		a.give(second)
 		leave := []func(){w.crowd(a, 1, 2*ms), w.crowd(b, 1, 2*ms)}
 		time.Sleep(100 * ms)
 		next := w.call(w.pool(1, 4))
