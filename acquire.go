@@ -243,8 +243,7 @@ func doom(conn *pgx.Conn) {
 }
 
 // connect has the pool make a connection, for whoever waits for one.
-func (p *tenantPool) connect() (retry time.Duration, err error) {
-	making, dialled := budget.Making(context.Background())
+func (p *tenantPool) connect(making context.Context) (retry time.Duration, err error) {
 	err = p.breaker.do(func() error {
 		ctx, cancel := context.WithTimeout(making, 2*p.limits.ConnectTimeout) // to connect, and to prove
 		defer cancel()
@@ -259,7 +258,7 @@ func (p *tenantPool) connect() (retry time.Duration, err error) {
 		switch {
 		case budget.Of(conn.Conn().PgConn().Conn()) == nil:
 			p.account.Unseen()
-		case !dialled():
+		case !budget.Dialled(making):
 			return errFoundIdle
 		}
 		return nil
@@ -277,7 +276,7 @@ func (p *tenantPool) connect() (retry time.Duration, err error) {
 	// The server, or the login, has no connection left: others than this process's budget have them. Room is made where it helps, and
 	// whoever waits waits on.
 	if !ofLogin(err) {
-		p.server.Shrink()
+		p.account.Shrink()
 	}
 	wait := 25 * time.Millisecond << min(p.crowded.Add(1), 4)
 	return wait/2 + rand.N(wait), err

@@ -960,7 +960,7 @@ func TestFindingAnIdleConnectionSaysNothingOfTheServer(t *testing.T) {
 	for range breakerFailures - 1 {
 		p.breaker.do(refused)
 	}
-	if _, err := p.connect(); err != nil {
+	if _, err := p.connect(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	p.breaker.do(refused)

@@ -11,16 +11,16 @@ import (
 
 // AccountConfig is one pool's share of a server's budget, and what the budget asks of the pool. Everything is required.
 type AccountConfig struct {
-	Floor   int // connections that the account gets before another gets more than its own floor
+	Floor   int // connections that the account gets before another gets more than its own floor, and keeps while it uses them; at least 1
 	Ceiling int // the most that it has; of sockets it has twice as many, those that broke and are not gone yet included
 	Waiters int // the most callers that wait in Enter
 	// Patience is how long a caller goes on waiting after a failure of Connect while other connections are open, one
 	// of which may come back.
 	Patience time.Duration
 	// Connect makes a connection, or finds an idle one, and gives it to the pool. It runs in a goroutine of its own with a permit that
-	// a dial with the context of [Making] takes. With retry above 0 the callers go on waiting, and it is called again after that time; otherwise
+	// a dial with ctx takes. With retry above 0 the callers go on waiting, and it is called again after that time; otherwise
 	// err is the error of the caller for whom it was called. A panic is such an error: no caller's goroutine would meet it.
-	Connect func() (retry time.Duration, err error)
+	Connect func(ctx context.Context) (retry time.Duration, err error)
 	// Evict closes one idle connection, and says whether there was one. It must not dial. It runs in a goroutine of its own.
 	Evict func() bool
 	// Idle says whether the pool has an idle connection. It is asked when the account may be wrong about that.
@@ -49,7 +49,8 @@ type Account struct {
 	expiry     *time.Timer        // tells those whose deadline has passed; nil: was never needed
 	expires    time.Time          // when expiry goes off; zero: it is not set
 	making     int                // calls of Connect under way
-	unclaimed  []*attempt         // those of them whose permit no socket has taken yet
+	unclaimed  []*attempt         // those of them whose permit no socket has
+	evicting   int                // idle connections of it that are about to make room
 	line       *queue             // where it waits for a permit; nil: nowhere
 	since      time.Time          // since when
 	spared     time.Time          // until when no connection of it makes room
@@ -74,10 +75,14 @@ func newWaiter() any { return &waiter{ready: make(chan error, 1)} }
 // stale says that the pool had no connection for it although the account believed so.
 func (w *waiter) stale() bool { return w.missed > 1 }
 
-// attempt is one call of Connect, and its permit. Which of several calls a dial belongs to is not known: it takes the oldest permit.
+// attempt is one call of Connect, and its permit.
 type attempt struct {
+	account *Account
+	dialled atomic.Bool // a socket of it was dialled, or is being
+
+	// Guarded by server.mu.
 	over   bool
-	parked int // sockets of it that came to nothing and are not gone yet
+	parked int // sockets of it that came to nothing and are not gone yet; its permit is theirs
 }
 
 const (
@@ -312,6 +317,19 @@ func (a *Account) calmLocked() {
 
 func (a *Account) add(n int64) { a.state.Add(uint64(n)) }
 
+// addConnLocked counts connections, and who is above its floor.
+func (a *Account) addConnLocked(n int64) {
+	above := a.aboveFloor()
+	a.add(n * oneConn)
+	switch {
+	case a.aboveFloor() == above:
+	case above:
+		a.server.rich--
+	default:
+		a.server.rich++
+	}
+}
+
 // Leave ends what Enter began, after the connection is back in the pool, or closed.
 func (a *Account) Leave() {
 	if now := a.server.clock.Load(); a.used.Load() != now { // mostly equal, and then the line stays shared
@@ -375,8 +393,7 @@ func (a *Account) handOverLocked() {
 	}
 }
 
-// overdueLocked says whether somebody else has waited for so long that a connection of a is theirs: one that has none, or
-// would not have more than a afterwards. Otherwise the two would take it from each other for ever, at a connect each time.
+// overdueLocked says whether somebody else has waited for so long that a connection of a is theirs, although callers of a's own wait for it.
 func (s *Server) overdueLocked(a *Account) bool {
 	now := time.Now()
 	if a.spared.After(now) {
@@ -385,26 +402,51 @@ func (s *Server) overdueLocked(a *Account) bool {
 	if len(s.works) > 0 {
 		return true
 	}
-	for _, q := range []*queue{&s.poor, &s.rest} {
-		b := q.firstBut(a)
-		if b == nil {
-			continue
-		}
-		if now.Sub(b.since) <= patience {
-			return false
-		}
-		if has := connsOf(b.state.Load()); has == 0 || has+1 < connsOf(a.state.Load()) {
-			return true
-		}
-		q.remove(b) // others behind it may have less
-		q.push(b)
-		b.since = now
+	above := a.aboveFloor()
+	b, q := s.poor.firstBut(a), &s.poor
+	if b == nil && above {
+		b, q = s.rest.firstBut(a), &s.rest
+	}
+	if b == nil {
 		return false
 	}
-	return false
+	if now.Sub(b.since) <= b.patienceLocked(a) {
+		return false
+	}
+	if !b.mayTakeFrom(a) {
+		q.postpone(b)
+		return false
+	}
+	return true
 }
 
 func (a *Account) belowFloor() bool { return connsOf(a.state.Load()) < a.cfg.Floor }
+
+func (a *Account) aboveFloor() bool {
+	conns := connsOf(a.state.Load())
+	return conns > a.cfg.Floor && conns < unbounded
+}
+
+// needsFloorLocked says whether a needs all its connections for its floor: it has no more, those that make room already aside, and was used
+// lately.
+func (a *Account) needsFloorLocked() bool {
+	return connsOf(a.state.Load())-a.evicting <= a.cfg.Floor && a.used.Load() >= a.server.rested
+}
+
+// patienceLocked is how long a waits until a connection of b is its own. Those of accounts above their floor are, before.
+func (a *Account) patienceLocked(b *Account) time.Duration {
+	if !b.aboveFloor() && b.server.rich > 0 {
+		return 2 * patience
+	}
+	return patience
+}
+
+// mayTakeFrom says whether a has nothing, or would have no more than b after a connection has changed hands. Otherwise the two would take it
+// from each other for ever, at a connect each time.
+func (a *Account) mayTakeFrom(b *Account) bool {
+	has := connsOf(a.state.Load())
+	return has == 0 || has+1 < connsOf(b.state.Load())
+}
 
 // growLocked has connections made for those who wait, as many as there are permits for, and waits in line for the others.
 func (a *Account) growLocked() {
@@ -416,11 +458,12 @@ func (a *Account) growLocked() {
 		}
 		s.used++
 		s.clock.Add(1)
-		s.accounts[a] = struct{}{}
-		at := &attempt{}
+		s.holdLocked(a)
+		at := &attempt{account: a}
 		a.unclaimed = append(a.unclaimed, at)
 		a.making++
-		a.add(oneConn + oneBusy)
+		a.add(oneBusy)
+		a.addConnLocked(1)
 		go a.connect(at)
 	}
 	a.dequeueLocked()
@@ -439,7 +482,7 @@ func (a *Account) connect(at *attempt) {
 		}
 		a.connected(at, retry, err)
 	}()
-	retry, err = a.cfg.Connect()
+	retry, err = a.cfg.Connect(context.WithValue(context.Background(), making{}, at))
 }
 
 func (a *Account) connected(at *attempt, retry time.Duration, err error) {
@@ -450,17 +493,16 @@ func (a *Account) connected(at *attempt, retry time.Duration, err error) {
 	a.failed = err
 	at.over = true
 	for ; at.parked > 0; at.parked-- { // they go by themselves, and are no connection any more
-		a.add(-oneConn)
+		a.addConnLocked(-1)
 	}
 	if i := slices.Index(a.unclaimed, at); i >= 0 { // it needed no socket, or got none
 		a.unclaimed = slices.Delete(a.unclaimed, i, i+1)
-		a.add(-oneConn)
+		a.addConnLocked(-1)
 		a.settleLocked()
 		defer s.freeLocked()
 	} else if err == nil {
 		a.spareLocked()
 	}
-	a.used.Store(s.clock.Load())
 	if err != nil && retry == 0 && len(a.waiters) > 0 && a.servingLocked() {
 		retry = min(a.cfg.Patience-time.Since(a.waiters[0].since), failedPause)
 	}
@@ -508,6 +550,10 @@ func (a *Account) offerLocked() {
 			s.lookLocked(wait)
 			return
 		}
+		if a.needsFloorLocked() && !s.takesFloorLocked(a) {
+			s.overdueLocked(a) // who may not have it makes way for others who wait
+			return
+		}
 		if a.tryEnter() { // else somebody was quicker
 			a.evictLocked()
 		}
@@ -520,6 +566,7 @@ func (a *Account) spareLocked() { a.spared = time.Now().Add(patience) }
 // evictLocked closes one of a's idle connections. The caller has entered for it.
 func (a *Account) evictLocked() {
 	a.server.evicting++
+	a.evicting++
 	go func() {
 		done := false
 		defer func() {
@@ -535,6 +582,7 @@ func (a *Account) evicted(done bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.evicting--
+	a.evicting--
 	if done {
 		s.evicted++
 	} else {
@@ -542,7 +590,15 @@ func (a *Account) evicted(done bool) {
 	}
 	a.add(-oneBusy)
 	a.balanceLocked()
-	s.makeRoomLocked(s.shortLocked()) // its permit may be somebody's already, who has been followed by others
+	s.makeRoomLocked() // its permit may be somebody's already, who has been followed by others
+}
+
+// Shrink has an idle connection closed, for one that Connect was refused: the server has fewer left than the budget believes.
+func (a *Account) Shrink() {
+	s := a.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.evictColdestLocked(func(*Account) bool { return !a.aboveFloor() }) // the attempt is counted
 }
 
 // queueLocked lines a up for a permit.
@@ -566,7 +622,7 @@ func (a *Account) queueLocked() {
 	a.line = line
 	line.push(a)
 	s.countHungryLocked()
-	s.makeRoomLocked(s.shortLocked())
+	s.makeRoomLocked()
 }
 
 func (a *Account) dequeueLocked() {
@@ -587,7 +643,7 @@ func (a *Account) Unseen() {
 	if a.dialled || connsOf(a.state.Load()) >= unbounded {
 		return
 	}
-	a.add(unbounded * oneConn)
+	a.addConnLocked(unbounded)
 	for len(a.waiters) > 0 {
 		a.add(oneBusy)
 		a.callLocked(nil)
@@ -659,6 +715,16 @@ func (q *queue) firstBut(a *Account) *Account {
 }
 
 func (q *queue) push(a *Account) { q.list = append(q.list, a) }
+
+// postpone has a wait from now on, behind the others: they may have less.
+func (q *queue) postpone(a *Account) {
+	if len(q.list) == 1 {
+		return
+	}
+	q.remove(a)
+	q.push(a)
+	a.since = time.Now()
+}
 
 func (q *queue) remove(a *Account) {
 	if i := slices.Index(q.list, a); i >= 0 {

@@ -141,6 +141,131 @@ func TestEnterEndsAtTheDeadline(t *testing.T) {
 	})
 }
 
+func TestEachCallerEndsAtItsOwnDeadline(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		p := w.pool(1, 4)
+		held := w.take(p)
+		var wg sync.WaitGroup
+		for _, d := range []time.Duration{70 * ms, 300 * ms, 20 * ms, 150 * ms, 70 * ms} { // one timer serves all
+			wg.Go(func() {
+				began := time.Now()
+				if _, err := p.take(context.Background(), d); err != budget.ErrTimeout || time.Since(began) != d {
+					t.Errorf("%v after %v, want ErrTimeout after %v", err, time.Since(began), d)
+				}
+			})
+			synctest.Wait()
+		}
+		wg.Wait()
+		p.give(held)
+	})
+}
+
+func TestWhoWaitsNoMoreIsNotHungry(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		hog, held := w.hog(1)
+		p := w.pool(1, 4)
+		hungry := func(want int) {
+			t.Helper()
+			synctest.Wait()
+			if s := w.Snapshot(); s.Hungry != want {
+				t.Errorf("%d are hungry, want %d", s.Hungry, want)
+			}
+		}
+		if _, err := p.take(t.Context(), ms); err != budget.ErrTimeout {
+			t.Fatal(err)
+		}
+		hungry(0)
+		ctx, cancel := context.WithCancel(t.Context())
+		errs := make(chan error)
+		take := func(ctx context.Context) { _, err := p.take(ctx, time.Minute); errs <- err }
+		go take(ctx)
+		hungry(1)
+		cancel()
+		if err := <-errs; err != context.Canceled {
+			t.Fatal(err)
+		}
+		hungry(0)
+		go take(t.Context())
+		hungry(1)
+		p.account.Close()
+		if err := <-errs; err != budget.ErrClosed {
+			t.Fatal(err)
+		}
+		hungry(0)
+		if p.account.Expires() {
+			t.Error("a timer keeps the closed account")
+		}
+		hog.give(held[0])
+	})
+}
+
+// One who knew better and holds up the others is called at its deadline.
+func TestACallerWhoFoundNothingHidesNoIdleConnectionAfterItsDeadline(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		p := w.pool(1, 4)
+		p.give(w.take(p))
+		p.hidden.Store(true)
+		go func() {
+			if err := p.account.Enter(context.Background(), time.Now().Add(12*ms), 2); err != budget.ErrTimeout {
+				t.Errorf("Enter: %v", err)
+			}
+		}()
+		synctest.Wait()
+		next := w.call(p)
+		time.Sleep(11 * ms)
+		p.hidden.Store(false)
+		if d := next.wait(); d != 12*ms {
+			t.Errorf("served after %v, want the other's deadline", d)
+		}
+		next.give()
+	})
+}
+
+func TestEnterOfAContextThatHasEndedConnectsToNothing(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		p := w.pool(1, 4)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		err := p.account.Enter(ctx, time.Now().Add(time.Minute), 0)
+		if u := p.account.Usage(); err != context.Canceled || u.Waits != 0 || p.dialled() != 0 {
+			t.Errorf("%v, %+v, %d dials", err, u, p.dialled())
+		}
+	})
+}
+
+func TestAFailureToConnectIsNobodysBesideAConnectionThatMayComeBack(t *testing.T) {
+	in(t, 4, func(t *testing.T, w *world) {
+		w.patient = time.Second
+		p := w.pool(1, 4)
+		held := w.take(p)
+		w.b.refuse(errRefused)
+		next := w.call(p)
+		time.Sleep(150 * ms)
+		p.give(held)
+		if d := next.wait(); d != 150*ms {
+			t.Errorf("served after %v, want the return of the other connection", d)
+		}
+		began := time.Now()
+		if _, err := p.take(t.Context(), time.Minute); err != errRefused || time.Since(began) != time.Second {
+			t.Errorf("%v after %v, want the refusal after the patience", err, time.Since(began))
+		}
+		next.conn.Doom() // it comes back no more
+		w.b.refuse(nil)
+		unproved, err := p.account.Route(p.dial).Dial(t.Context(), "tcp", "db:5432") // and this one may never come
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unproved.Close()
+		w.b.refuse(errRefused)
+		began = time.Now()
+		if _, err := p.take(t.Context(), time.Minute); err != errRefused || time.Since(began) != 0 {
+			t.Errorf("%v after %v, want the refusal at once", err, time.Since(began))
+		}
+		p.drop(next.conn)
+		w.b.refuse(nil)
+	})
+}
+
 func TestEnterEndsWithItsContext(t *testing.T) {
 	in(t, 1, func(t *testing.T, w *world) {
 		p := w.pool(1, 4)
@@ -187,7 +312,7 @@ func TestTimeoutTellsOfTheLastConnect(t *testing.T) {
 		p := w.pool(1, 4)
 		var calls []time.Duration
 		began, err := time.Now(), errors.New("53300")
-		p.connect = func() (time.Duration, error) {
+		p.connect = func(context.Context) (time.Duration, error) {
 			calls = append(calls, time.Since(began))
 			return 50 * ms, err
 		}
@@ -260,11 +385,11 @@ func TestAFailureToConnectIsOneCallers(t *testing.T) {
 func TestAPanicOfConnectIsTheCallersError(t *testing.T) {
 	in(t, 4, func(t *testing.T, w *world) {
 		p := w.pool(1, 4)
-		p.connect = func() (time.Duration, error) { panic("hook") }
+		p.connect = func(context.Context) (time.Duration, error) { panic("hook") }
 		if _, err := p.take(t.Context(), time.Second); err == nil || !strings.Contains(err.Error(), "panicked: hook") {
 			t.Errorf("panic: %v", err)
 		}
-		p.connect = func() (time.Duration, error) { runtime.Goexit(); return 0, nil }
+		p.connect = func(context.Context) (time.Duration, error) { runtime.Goexit(); return 0, nil }
 		if _, err := p.take(t.Context(), time.Second); err == nil || !strings.Contains(err.Error(), "ended its goroutine") {
 			t.Errorf("Goexit: %v", err)
 		}
@@ -413,6 +538,9 @@ func TestBrokenConnectionsThatTheServerKeepsAreNotReplacedForEver(t *testing.T) 
 		c := w.call(p)
 		if c.served() {
 			t.Fatal("a fifth socket was opened")
+		}
+		if _, err := p.account.Route(p.dial).Dial(t.Context(), "tcp", "db:5432"); err != budget.ErrNoPermit {
+			t.Errorf("a dial of nobody's: %v", err)
 		}
 		if d := c.wait(); d < 3*time.Second || time.Since(began) > 5*time.Second {
 			t.Errorf("served after %v, want as soon as the first is gone", d)

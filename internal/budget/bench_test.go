@@ -1,6 +1,7 @@
 package budget_test
 
 import (
+	"context"
 	"fmt"
 	"runtime"
 	"sync/atomic"
@@ -15,7 +16,7 @@ func idle(s *budget.Server, accounts, n int) []*budget.Account {
 	all := make([]*budget.Account, accounts)
 	for i := range all {
 		all[i] = s.NewAccount(budget.AccountConfig{Floor: 1, Ceiling: max(n, 1), Waiters: 100,
-			Connect: func() (time.Duration, error) { return 0, nil }, Evict: func() bool { return false }, Idle: func() bool { return true }})
+			Connect: func(context.Context) (time.Duration, error) { return 0, nil }, Evict: func() bool { return false }, Idle: func() bool { return true }})
 		budget.Give(all[i], n)
 	}
 	return all

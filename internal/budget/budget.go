@@ -7,7 +7,8 @@
 // permit, so that nobody ever waits for a permit inside a pool or a dialer, where a connection that comes back would not be seen.
 //
 // When no permit is left, the idle connection of the coldest account makes room. Accounts get permits by turns; those below
-// their floor come first, and the last tenth is for them alone. A connection in use is never closed.
+// their floor come first, and the last tenth is for them alone. A connection in use is never closed, and who is at work keeps its floor
+// against all but those who have less.
 //
 // # Concurrency
 //
@@ -42,6 +43,8 @@ const (
 	// patience is how long an account waits before another one's connection is taken from between two of its callers, and how long a
 	// new connection is kept for the account that it was made for: changing hands costs a connect.
 	patience = 20 * time.Millisecond
+	// rest is how long an account is unused before its floor makes room for those who have theirs. It may take up to twice as long.
+	rest = time.Second
 )
 
 // Limits of one server.
@@ -61,7 +64,7 @@ type Server struct {
 	cancels chan struct{}
 
 	hungry atomic.Int32  // accounts and works that wait for a permit: who leaves an account looks here
-	clock  atomic.Uint64 // counts what happens under mu; the time by which the coldest account is found
+	clock  atomic.Uint64 // the time by which the coldest account is found: it counts connections that are made, and rests
 
 	waiters sync.Pool // of those who wait no more
 
@@ -73,7 +76,11 @@ type Server struct {
 	late     int        // of them, those that nobody counts on any more
 	evicting int        // idle connections that are about to be
 	looking  bool       // a timer will look for idle connections
+	rich     int        // accounts above their floor
 	accounts map[*Account]struct{}
+	ticking  bool    // a timer will count the next rest; while there are accounts
+	ticked   uint64  // the clock at the last one
+	rested   uint64  // at the one before: who was left earlier has been unused for a rest
 	poor     queue   // accounts below their floor that want a permit
 	rest     queue   // others that do
 	works    []*work // connections of the library's own, before all accounts
@@ -111,9 +118,6 @@ func (s *Server) Snapshot() Snapshot {
 
 // mayGrowLocked says whether a permit is there for a.
 func (s *Server) mayGrowLocked(a *Account) bool {
-	if len(s.works) > 0 {
-		return false
-	}
 	free := s.limits.Shared() - max(s.limits.Work, s.working) - (s.used - s.working)
 	if a.belowFloor() {
 		return free > 0
@@ -124,8 +128,27 @@ func (s *Server) mayGrowLocked(a *Account) bool {
 // freeLocked takes a permit back and gives it on.
 func (s *Server) freeLocked() {
 	s.used--
-	s.clock.Add(1)
 	s.serveLocked()
+}
+
+// holdLocked has a be among those that are asked for room, and time go on.
+func (s *Server) holdLocked(a *Account) {
+	s.accounts[a] = struct{}{}
+	if !s.ticking {
+		s.ticking = true
+		time.AfterFunc(rest, s.tick)
+	}
+}
+
+// tick counts a rest.
+func (s *Server) tick() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.rested, s.ticked = s.ticked, s.clock.Add(1)
+	if s.ticking = len(s.accounts) > 0; s.ticking {
+		time.AfterFunc(rest, s.tick)
+	}
+	s.makeRoomLocked() // those that have rested do now
 }
 
 // serveLocked gives free permits to those who wait for one.
@@ -147,7 +170,7 @@ func (s *Server) serveLocked() {
 		a.growLocked() // queues again when it wants more than one
 	}
 	s.countHungryLocked()
-	s.makeRoomLocked(s.shortLocked())
+	s.makeRoomLocked()
 }
 
 func (s *Server) countHungryLocked() {
@@ -157,39 +180,81 @@ func (s *Server) countHungryLocked() {
 	}
 }
 
+// comingLocked is the number of permits that are on their way.
+func (s *Server) comingLocked() int { return s.closing - s.late + s.evicting }
+
 // shortLocked is the number of permits that are wanted and not on their way.
 func (s *Server) shortLocked() int {
-	return s.poor.len() + s.rest.len() + len(s.works) - (s.closing - s.late) - s.evicting
+	return s.poor.len() + s.rest.len() + len(s.works) - s.comingLocked()
 }
 
 // makeRoomLocked has idle connections closed, of the coldest accounts first, until as many are on their way as are wanted.
 // It looks at every account, so it is for when something is wanted; who becomes idle later offers itself.
-func (s *Server) makeRoomLocked(short int) {
+func (s *Server) makeRoomLocked() {
+	for range s.shortLocked() {
+		if !s.evictColdestLocked(s.takesFloorLocked) {
+			return
+		}
+	}
+}
+
+// evictColdestLocked closes an idle connection of the coldest account: of one that needs it for its floor only when no other has any, and takes
+// allows it. It says whether there was one.
+func (s *Server) evictColdestLocked(takes func(*Account) bool) bool {
 	now, later := time.Now(), time.Duration(0)
-	for ; short > 0; short-- {
-		var coldest *Account
-		for a := range s.accounts {
-			if !a.idleLocked() {
+	var coldest, needed *Account
+	for a := range s.accounts {
+		if !a.idleLocked() {
+			continue
+		}
+		if wait := a.spared.Sub(now); wait > 0 {
+			if later == 0 || wait < later {
+				later = wait
+			}
+			continue
+		}
+		best := &coldest
+		if a.needsFloorLocked() {
+			if coldest != nil || !takes(a) {
 				continue
 			}
-			if wait := a.spared.Sub(now); wait > 0 {
-				if later == 0 || wait < later {
-					later = wait
-				}
-			} else if coldest == nil || a.used.Load() < coldest.used.Load() {
-				coldest = a
-			}
+			best = &needed
 		}
-		if coldest == nil {
-			break
-		}
-		if coldest.tryEnter() { // else somebody was quicker, and offers it when it leaves
-			coldest.evictLocked()
+		if *best == nil || a.used.Load() < (*best).used.Load() {
+			*best = a
 		}
 	}
-	if short > 0 && later > 0 {
-		s.lookLocked(later)
+	if coldest == nil {
+		coldest = needed
 	}
+	if coldest == nil {
+		if later > 0 {
+			s.lookLocked(later)
+		}
+		return false
+	}
+	if coldest.tryEnter() { // else somebody was quicker, and offers it when it leaves
+		coldest.evictLocked()
+	}
+	return true
+}
+
+// takesFloorLocked says whether somebody may have a connection that a needs for its floor: a work, or an account below its own that has nothing, or would not
+// have more than a afterwards. Where others are above their floor it waits for theirs first. Who is at its floor never may.
+func (s *Server) takesFloorLocked(a *Account) bool {
+	coming := s.comingLocked()
+	if len(s.works) > coming {
+		return true
+	}
+	b := s.poor.firstBut(a)
+	if b == nil || len(s.works)+s.poor.len() <= coming || !b.mayTakeFrom(a) {
+		return false
+	}
+	if wait := b.patienceLocked(a) - time.Since(b.since); s.rich > 0 && wait >= 0 {
+		s.lookLocked(wait + 1)
+		return false
+	}
+	return true
 }
 
 // lookLocked has room made after a while, when no account is spared any more that was.
@@ -202,21 +267,14 @@ func (s *Server) lookLocked(after time.Duration) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.looking = false
-		s.makeRoomLocked(s.shortLocked())
+		s.makeRoomLocked()
 	})
-}
-
-// Shrink has one idle connection closed: for a server that has fewer connections left than the budget believes.
-func (s *Server) Shrink() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.makeRoomLocked(1)
 }
 
 // take waits for a permit of the shared part, before all accounts.
 func (s *Server) take(ctx context.Context) error {
 	return s.waitFor(ctx, &s.works, func() bool {
-		if len(s.works) > 0 || s.used >= s.limits.Shared() {
+		if s.used >= s.limits.Shared() {
 			return false
 		}
 		s.used++
@@ -233,7 +291,7 @@ func (s *Server) freeWorkLocked() {
 // takeOwn waits for a permit of the own part. It is as large as the pools that use it, so who waits waits for the server to let go of a connection.
 func (s *Server) takeOwn(ctx context.Context) error {
 	return s.waitFor(ctx, &s.owns, func() bool {
-		if len(s.owns) > 0 || s.own >= s.limits.Own {
+		if s.own >= s.limits.Own {
 			return false
 		}
 		s.own++
@@ -260,7 +318,7 @@ func (s *Server) waitFor(ctx context.Context, line *[]*work, try func() bool, fr
 	w := &work{ready: make(chan struct{})}
 	*line = append(*line, w)
 	s.countHungryLocked()
-	s.makeRoomLocked(s.shortLocked())
+	s.makeRoomLocked()
 	s.mu.Unlock()
 
 	select {
@@ -276,5 +334,8 @@ func (s *Server) waitFor(ctx context.Context, line *[]*work, try func() bool, fr
 	} else {
 		free()
 	}
-	return fmt.Errorf("%w: %w", ErrTimeout, ctx.Err())
+	if ctx.Err() == context.Canceled {
+		return ctx.Err()
+	}
+	return fmt.Errorf("%w: %v", ErrTimeout, ctx.Err()) // not wrapped: pgconn makes a timeout of the network's of it, and the rest is lost
 }

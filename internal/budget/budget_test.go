@@ -55,8 +55,13 @@ func TestTheDialerNeverWaits(t *testing.T) {
 			}
 			return err
 		}
-		making, _ := budget.Making(context.Background())
-		if err := errors.Join(dial(t.Context()), dial(making)); err != nil {
+		var ended context.Context // of an attempt that is over
+		p.connect = func(making context.Context) (time.Duration, error) { ended = making; return 0, errRefused }
+		if _, err := p.take(t.Context(), time.Second); err != errRefused {
+			t.Fatal(err)
+		}
+		p.connect = nil
+		if err := errors.Join(dial(t.Context()), dial(ended)); err != nil {
 			t.Errorf("with free permits: %v", err)
 		}
 		synctest.Wait()
@@ -65,8 +70,8 @@ func TestTheDialerNeverWaits(t *testing.T) {
 		if err := dial(t.Context()); err != budget.ErrNoPermit {
 			t.Errorf("without a permit: %v", err)
 		}
-		if err := dial(making); err != budget.ErrNoPermit {
-			t.Errorf("without a permit of its own: %v", err)
+		if err := dial(ended); err != budget.ErrNoPermit {
+			t.Errorf("of an attempt that is over: %v", err)
 		}
 		if time.Since(began) != 0 {
 			t.Errorf("it took %v", time.Since(began))
@@ -223,11 +228,17 @@ func TestAnEndlessLineBelowItsFloorGivesWayToWhoHasNothing(t *testing.T) {
 }
 
 func TestAConnectionChangesHandsOnlyTowardsWhoHasLess(t *testing.T) {
+	for _, ceiling := range []int{6, 10} { // with 10 who has all is in line too, and first
+		testChangingHands(t, ceiling)
+	}
+}
+
+func testChangingHands(t *testing.T, ceiling int) {
 	in(t, 6, func(t *testing.T, w *world) {
 		w.b.slow(4*ms, ms)
 		stop := make(chan struct{})
 		var wg sync.WaitGroup
-		a, b := w.pool(1, 6), w.pool(1, 6)
+		a, b := w.pool(1, ceiling), w.pool(1, ceiling)
 		busy := func(p *pool) {
 			for range 20 {
 				wg.Go(func() { w.loop(p, 2*ms, stop) })
@@ -316,6 +327,270 @@ func TestTheColdestIdleConnectionMakesRoom(t *testing.T) {
 	})
 }
 
+// Also when nothing is opened or closed for long.
+func TestTheColdestIsTheOneLeastRecentlyUsed(t *testing.T) {
+	for _, apart := range []time.Duration{0, budget.Rest + ms} {
+		testTheColdest(t, apart)
+	}
+}
+
+func testTheColdest(t *testing.T, apart time.Duration) {
+	in(t, 11, func(t *testing.T, w *world) {
+		var pools []*pool
+		for range 10 {
+			p := w.pool(1, 4)
+			p.give(w.take(p))
+			pools = append(pools, p)
+		}
+		other := w.pool(1, 4)
+		held := w.take(other)
+		time.Sleep(budget.Rest)
+		for i := range pools {
+			for _, later := range pools[i:] {
+				later.give(w.take(later))
+			}
+			if time.Sleep(apart); apart == 0 { // in the same second, with a connection made in between
+				other.drop(held)
+				synctest.Wait()
+				held = w.take(other)
+			}
+		}
+		defer func() { other.give(held) }()
+		for i, p := range pools {
+			next := w.call(w.pool(1, 1))
+			if p.evicts.Load() != 1 {
+				t.Errorf("room for the %dth was not made by the one that is unused for the longest time", i+1)
+			}
+			next.wait()
+			defer next.give()
+		}
+	})
+}
+
+// As many make room as is needed, however long that takes.
+func TestNoMoreMakeRoomThanAreNeeded(t *testing.T) {
+	in(t, 4, func(t *testing.T, w *world) {
+		var idle []*pool
+		for range 4 {
+			p := w.pool(1, 1)
+			p.evictBy = 10 * ms
+			p.give(w.take(p))
+			idle = append(idle, p)
+		}
+		time.Sleep(time.Minute)
+		evicts := func() (n int64) {
+			for _, p := range idle {
+				n += p.evicts.Load()
+			}
+			return n
+		}
+		var calls []*call
+		for range 3 {
+			calls = append(calls, w.call(w.pool(1, 1)))
+			time.Sleep(ms)
+		}
+		for _, c := range calls {
+			if d := c.wait(); d != 10*ms {
+				t.Errorf("served after %v", d)
+			}
+			c.give()
+		}
+		if n := evicts(); n != 3 {
+			t.Errorf("%d connections were closed for 3", n)
+		}
+	})
+}
+
+// A connection is counted twice while it is closed for another one and on its way out: who came meanwhile is not forgotten.
+func TestWhoComesWhileRoomIsMadeHasSomeMadeToo(t *testing.T) {
+	in(t, 2, func(t *testing.T, w *world) {
+		var idle []*pool
+		for range 2 {
+			p := w.pool(1, 1)
+			p.evicted = 20 * ms
+			p.give(w.take(p))
+			idle = append(idle, p)
+			time.Sleep(time.Minute)
+		}
+		w.b.slow(0, 50*ms)
+		first := w.call(w.pool(1, 1))
+		time.Sleep(ms)
+		second := w.call(w.pool(1, 1))
+		time.Sleep(20 * ms)
+		synctest.Wait()
+		if idle[0].evicts.Load() != 1 || idle[1].evicts.Load() != 1 {
+			t.Error("the second one has nobody making room")
+		}
+		w.b.slow(0, 0)
+		first.give()
+		second.give()
+	})
+}
+
+// A permit of the last tenth is none for who is above its floor: it takes more than one.
+func TestRoomIsMadeUntilThePermitIsEnough(t *testing.T) {
+	in(t, 20, func(t *testing.T, w *world) { // two are for those below their floor
+		for range 19 {
+			p := w.pool(1, 1)
+			p.give(w.take(p))
+		}
+		p := w.pool(1, 4)
+		held := w.take(p)
+		time.Sleep(2 * budget.Rest)
+		next := w.call(p)
+		if d := next.wait(); d != 0 {
+			t.Errorf("served after %v", d)
+		}
+		if s := w.Snapshot(); s.Evicted != 3 {
+			t.Errorf("%d connections were closed, want that of the two permits, and one more", s.Evicted)
+		}
+		next.give()
+		p.give(held)
+	})
+}
+
+func TestAccountsLeavePermitsToTheLibrarysOwnDial(t *testing.T) {
+	in(t, 5, func(t *testing.T, w *world) {
+		w.Server = budget.NewServer(budget.Limits{Total: 5 + 1 + budget.Cancels, Own: 1, Work: 2})
+		hog, held := w.hog(3)
+		hungry := w.call(w.pool(1, 4))
+		dial := w.Dialer(w.b.dial)
+		var work []net.Conn
+		began := time.Now()
+		for range 2 {
+			c, err := dial(t.Context(), "tcp", "db:5432")
+			if err != nil {
+				t.Fatal(err)
+			}
+			work = append(work, c)
+		}
+		if time.Since(began) != 0 {
+			t.Errorf("it took %v", time.Since(began))
+		}
+		for _, c := range work { // they are kept for the next ones
+			c.Close()
+		}
+		synctest.Wait()
+		if hungry.served() {
+			t.Error("an account has one of the permits that are kept")
+		}
+		hog.drop(held[0])
+		hungry.give()
+		hog.give(held[1])
+		hog.give(held[2])
+	})
+}
+
+func TestTheLibrarysOwnDialHasIdleConnectionsMakeRoom(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		p := w.pool(1, 1)
+		p.give(w.take(p))
+		time.Sleep(100 * ms) // it is at work
+		began := time.Now()
+		c, err := w.Dialer(w.b.dial)(t.Context(), "tcp", "db:5432")
+		if err != nil || time.Since(began) != 0 {
+			t.Fatalf("%v after %v beside an idle connection", err, time.Since(began))
+		}
+		c.Close()
+	})
+}
+
+// leaving is a context that ends when somebody waits for its end.
+type leaving struct {
+	context.Context
+	just func()
+}
+
+func (l leaving) Done() <-chan struct{} {
+	l.just()
+	ended := make(chan struct{})
+	close(ended)
+	return ended
+}
+
+func (l leaving) Err() error { return context.DeadlineExceeded }
+
+func TestAnOwnDialThatGivesUpAsItIsCalledPassesItsPermitOn(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		for name, dial := range map[string]budget.DialFunc{"shared": w.Dialer(w.b.dial), "own": w.OwnDialer(w.own.dial)} {
+			late := 0
+			for range 50 { // of two things that have happened either may be seen first
+				held, err := dial(t.Context(), "tcp", "db:5432")
+				if err != nil {
+					t.Fatalf("%s: %v", name, err)
+				}
+				c, err := dial(leaving{t.Context(), func() { abort(held.(*budget.Conn)) }}, "tcp", "db:5432")
+				switch {
+				case err == nil:
+					abort(c.(*budget.Conn))
+				case errors.Is(err, budget.ErrTimeout):
+					late++
+				case err != context.DeadlineExceeded: // of the dial itself
+					t.Fatalf("%s: %v", name, err)
+				}
+				if s := w.Snapshot(); s.Used != 0 || s.OwnUsed != 0 {
+					t.Fatalf("%s: nobody has a connection: %+v", name, s)
+				}
+			}
+			if late == 0 {
+				t.Errorf("%s: it never came late", name)
+			}
+		}
+	})
+}
+
+func TestAnOwnDialTellsWhyItGaveUp(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		hog, held := w.hog(1)
+		dial := w.Dialer(w.b.dial)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*ms)
+		defer cancel()
+		_, err := dial(ctx, "tcp", "db:5432")
+		// Of an error of the network's that is a timeout pgconn keeps nothing else.
+		if network, ok := errors.AsType[net.Error](err); !errors.Is(err, budget.ErrTimeout) || ok {
+			t.Errorf("without a permit: %v, of the network: %v", err, network)
+		}
+		ctx, leave := context.WithCancel(t.Context())
+		time.AfterFunc(10*ms, leave)
+		if _, err := dial(ctx, "tcp", "db:5432"); err != context.Canceled {
+			t.Errorf("a caller who left: %v", err)
+		}
+		hog.give(held[0])
+	})
+}
+
+func TestOwnDialsAreServedInTheirOrder(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		for name, dial := range map[string]budget.DialFunc{"shared": w.Dialer(w.b.dial), "own": w.OwnDialer(w.own.dial)} {
+			held, err := dial(t.Context(), "tcp", "db:5432")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var order []int
+			var wg sync.WaitGroup
+			for i := range 5 {
+				wg.Go(func() {
+					c, err := dial(t.Context(), "tcp", "db:5432")
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					order = append(order, i)
+					time.Sleep(ms)
+					c.Close()
+				})
+				synctest.Wait()
+			}
+			held.Close()
+			wg.Wait()
+			synctest.Wait()
+			if !slices.IsSorted(order) || len(order) != 5 {
+				t.Errorf("%s: served in the order %v", name, order)
+			}
+		}
+	})
+}
+
 // A connection that comes back while somebody needs one makes room too.
 func TestAConnectionThatBecomesIdleMakesRoom(t *testing.T) {
 	in(t, 1, func(t *testing.T, w *world) {
@@ -375,7 +650,7 @@ func TestShrinkClosesOneIdleConnection(t *testing.T) {
 		p.give(w.take(p))
 		p.give(c)
 		time.Sleep(time.Minute)
-		w.Shrink()
+		p.account.Shrink()
 		synctest.Wait()
 		if u := p.account.Usage(); u.Conns != 1 || u.Busy != 0 {
 			t.Errorf("%+v", u)

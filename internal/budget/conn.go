@@ -69,7 +69,7 @@ func (c *Conn) doomLocked() {
 		c.parked = true
 		c.attempt.parked++
 	default:
-		c.account.add(-oneConn)
+		c.account.addConnLocked(-1)
 		c.account.growLocked()
 	}
 }
@@ -82,7 +82,7 @@ func (c *Conn) delayed() {
 	if !c.gone {
 		c.late = true
 		s.late++
-		s.makeRoomLocked(s.shortLocked())
+		s.makeRoomLocked()
 	}
 }
 
@@ -141,6 +141,7 @@ func (c *Conn) release() {
 		if c.parked && !c.attempt.over {
 			c.attempt.parked--
 			c.account.unclaimed = append(c.account.unclaimed, c.attempt)
+			c.server.makeRoomLocked() // who counted on the permit needs another one
 			return
 		}
 		c.free()
@@ -254,13 +255,6 @@ func (r *Route) again(addr string) bool {
 	return slices.Contains(r.opened, addr)
 }
 
-// dialledElsewhere says whether a socket was opened before, at another address of the same name.
-func (r *Route) dialledElsewhere() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return len(r.opened) > 0
-}
-
 func (r *Route) open(addr string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -286,21 +280,19 @@ func (r *Route) Dial(ctx context.Context, network, addr string) (net.Conn, error
 	if r.again(addr) {
 		return nil, errNothingToCancel
 	}
-	dialled, _ := ctx.Value(making{}).(*atomic.Bool)
-	at, err := a.claim(dialled != nil)
-	for dialled != nil && err != nil && r.dialledElsewhere() { // the attempt's permit is still at the address before
-		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case <-time.After(staleWait):
-			at, err = a.claim(true)
-		}
+	at, _ := ctx.Value(making{}).(*attempt)
+	if at != nil && at.account != a { // a hook of its pool uses another one
+		at = nil
 	}
+	if err := a.unpark(ctx, at); err != nil {
+		return nil, err
+	}
+	at, err := a.claim(at)
 	if err != nil {
 		return nil, err
 	}
-	if dialled != nil {
-		dialled.Store(true)
+	if at != nil {
+		at.dialled.Store(true)
 	}
 	inner, err := r.dial(ctx, network, addr)
 	if err != nil {
@@ -316,32 +308,66 @@ func (r *Route) Dial(ctx context.Context, network, addr string) (net.Conn, error
 	return c, nil
 }
 
-// making is the key of Making.
+// making is the key of the attempt in the context of AccountConfig.Connect.
 type making struct{}
 
-// Making returns the context for a dial of AccountConfig.Connect: it alone takes the permit that is reserved for it. dialled says
-// afterwards whether one did.
-func Making(ctx context.Context) (_ context.Context, dialled func() bool) {
-	done := new(atomic.Bool)
-	return context.WithValue(ctx, making{}, done), done.Load
+// Dialled says of the context of AccountConfig.Connect whether a dial has taken its permit.
+func Dialled(ctx context.Context) bool {
+	at, ok := ctx.Value(making{}).(*attempt)
+	return ok && at.dialled.Load()
 }
 
-// claim takes a permit of an attempt's, or a free one; then there is no attempt.
-func (a *Account) claim(making bool) (*attempt, error) {
+// unpark waits while the permit of at is with a socket of the address before. After a while that is closed, whether its server has let it go or not: nobody has
+// logged in there.
+func (a *Account) unpark(ctx context.Context, at *attempt) error {
+	for began := time.Now(); ; {
+		parked := a.parked(at)
+		switch {
+		case len(parked) == 0:
+			return nil
+		case time.Since(began) >= lingerOneSided:
+			for _, c := range parked {
+				c.Abort()
+			}
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(staleWait):
+		}
+	}
+}
+
+// parked returns the sockets that have the permit of at.
+func (a *Account) parked(at *attempt) (parked []*Conn) {
+	a.server.mu.Lock()
+	defer a.server.mu.Unlock()
+	if at == nil || at.over || at.parked == 0 {
+		return nil
+	}
+	for c := range a.open {
+		if c.attempt == at {
+			parked = append(parked, c)
+		}
+	}
+	return parked
+}
+
+// claim takes the permit of at, or a free one; then there is no attempt.
+func (a *Account) claim(at *attempt) (*attempt, error) {
 	s := a.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if making && len(a.unclaimed) > 0 {
-		at := a.unclaimed[0]
-		a.unclaimed = a.unclaimed[1:]
+	if i := slices.Index(a.unclaimed, at); i >= 0 {
+		a.unclaimed = slices.Delete(a.unclaimed, i, i+1)
 		return at, nil
 	}
 	if connsOf(a.state.Load()) >= a.cfg.Ceiling || !a.roomyLocked() || !s.mayGrowLocked(a) || s.poor.len()+s.rest.len() > 0 {
 		return nil, ErrNoPermit
 	}
 	s.used++
-	s.clock.Add(1)
-	a.add(oneConn)
+	a.addConnLocked(1)
 	return nil, nil
 }
 
@@ -353,7 +379,7 @@ func (a *Account) unclaim(at *attempt) {
 		a.unclaimed = append(a.unclaimed, at) // for another address, or for connected to give back
 		return
 	}
-	a.add(-oneConn)
+	a.addConnLocked(-1)
 	a.settleLocked()
 	a.growLocked()
 	s.freeLocked()
@@ -379,7 +405,7 @@ func (a *Account) enter(c *Conn) bool {
 	}
 	a.open[c] = struct{}{}
 	a.dialled = true
-	s.accounts[a] = struct{}{} // it may have been forgotten while this was dialled
+	s.holdLocked(a) // it may have been forgotten while this was dialled
 	return !a.closed
 }
 

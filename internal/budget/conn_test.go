@@ -3,9 +3,11 @@ package budget_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -152,6 +154,27 @@ func TestASlowCloseIsNotCountedOnForLong(t *testing.T) {
 		}
 		if s := w.Snapshot(); s.Closing != 1 || s.Used != 2 {
 			t.Errorf("%+v", s)
+		}
+		next.give()
+	})
+}
+
+// Once it has come back it is counted on no more, and the next one is again.
+func TestASlowCloseIsForgottenWhenItIsOver(t *testing.T) {
+	in(t, 2, func(t *testing.T, w *world) {
+		slow, idle := w.pool(1, 4), w.pool(1, 4)
+		idle.give(w.take(idle))
+		c := w.take(slow)
+		w.b.slow(0, time.Second)
+		slow.drop(c)
+		time.Sleep(2 * time.Second)
+		c = w.take(slow)
+		w.b.slow(0, 10*ms)
+		slow.drop(c)
+		synctest.Wait()
+		next := w.call(w.pool(1, 4))
+		if d := next.wait(); d != 10*ms || idle.evicts.Load() != 0 {
+			t.Errorf("served after %v, while %d others made room that was on its way", d, idle.evicts.Load())
 		}
 		next.give()
 	})
@@ -392,6 +415,63 @@ func TestCancelRequestsHaveTwoPermitsOfTheirOwnAndWait(t *testing.T) {
 	})
 }
 
+func TestACancelRequestOfAClosedAccountHasAMomentLeft(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		p := w.pool(1, 4)
+		c := w.take(p)
+		p.account.Close()
+		w.cancels.slow(0, time.Minute)
+		r, err := p.cancel(t.Context(), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		if _, err := r.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(began) != budget.LastWords {
+			t.Errorf("%v after %v, want the deadline", err, time.Since(began))
+		}
+		r.Close()
+		p.give(c)
+		w.cancels.limit++ // after a bound the server may still have it
+	})
+}
+
+func TestAConnectionThatWasNeverEstablishedHasNothingToCancel(t *testing.T) {
+	in(t, 4, func(t *testing.T, w *world) {
+		p := w.pool(1, 4)
+		route := p.account.Route(p.dial)
+		c, err := route.Dial(t.Context(), "tcp", "db:5432")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := route.Dial(t.Context(), "tcp", "db:5432"); err == nil || !strings.Contains(err.Error(), "nothing to cancel") {
+			t.Errorf("a cancel request: %v", err)
+		}
+		if u := p.account.Usage(); u.Conns != 1 || p.dialled() != 1 {
+			t.Errorf("%+v, %d dials", u, p.dialled())
+		}
+		c.Close()
+	})
+}
+
+// The library's own connections run no statement of a tenant's, whom it would pay to wait for.
+func TestAnOwnConnectionIsNotWaitedForForLong(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		w.own.limit = 2 // after a bound the server may still have it
+		dial := w.OwnDialer(w.own.dial)
+		c, err := dial(t.Context(), "tcp", "db:5432")
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.own.slow(0, time.Minute)
+		c.Close()
+		began := time.Now()
+		if c, err = dial(t.Context(), "tcp", "db:5432"); err != nil || time.Since(began) != budget.LingerOneSided {
+			t.Errorf("%v after %v, want %v", err, time.Since(began), budget.LingerOneSided)
+		}
+		c.Close()
+	})
+}
+
 // A dial of nobody's: its caller is gone.
 func TestADialThatOutlivesItsConnect(t *testing.T) {
 	t.Run("and_fails", func(t *testing.T) {
@@ -403,6 +483,11 @@ func TestADialThatOutlivesItsConnect(t *testing.T) {
 			if _, err := p.take(t.Context(), time.Minute); err != context.DeadlineExceeded {
 				t.Errorf("who waited for it: %v", err)
 			}
+			time.Sleep(2 * time.Second)
+			if w.Accounts() != 0 {
+				t.Error("the account is remembered without a connection")
+			}
+			_, _ = p.take(t.Context(), time.Minute)
 			p.patient = time.Minute
 			next := w.call(p) // the ceiling is reached
 			time.Sleep(995 * ms)
@@ -456,7 +541,7 @@ func TestAnAttemptThatNeedsNoSocketGivesItsPermitBackAtOnce(t *testing.T) {
 		w.b.slow(time.Second, 0)
 		first := w.call(p) // dials
 		release := make(chan struct{})
-		p.connect = func() (time.Duration, error) {
+		p.connect = func(context.Context) (time.Duration, error) {
 			<-release
 			return 0, nil // found one
 		}
@@ -572,7 +657,7 @@ func TestAnAccountThatDialsIsNotForgotten(t *testing.T) {
 func TestAnUnseenPoolIsNotBounded(t *testing.T) {
 	in(t, 1, func(t *testing.T, w *world) {
 		p := w.pool(1, 1)
-		p.connect = func() (time.Duration, error) {
+		p.connect = func(context.Context) (time.Duration, error) {
 			time.Sleep(10 * ms)
 			p.account.Unseen()
 			p.account.Unseen()
@@ -599,6 +684,13 @@ func TestAnUnseenPoolIsNotBounded(t *testing.T) {
 		}
 		other := w.call(w.pool(1, 1)) // and nothing is asked of it
 		other.give()
+		time.Sleep(100 * ms)
+		other = w.call(w.pool(1, 1)) // nor waited for: it is nobody above its floor
+		if d := other.wait(); d != 0 {
+			t.Errorf("served after %v", d)
+		}
+		other.give()
+		w.pools = append(w.pools[:1], other.p)
 		held := w.take(other.p)
 		if _, err := w.pools[1].take(t.Context(), time.Second); err != budget.ErrTimeout || p.evicts.Load() != 0 {
 			t.Errorf("%v, asked %d times", err, p.evicts.Load())
@@ -642,11 +734,10 @@ func TestAnotherAddressOfTheSameNameIsTriedWithTheSamePermit(t *testing.T) {
 	in(t, 1, func(t *testing.T, w *world) { // one permit: none is free beside the attempt's
 		p := w.pool(1, 1)
 		w.b.slow(0, 20*ms)
-		p.connect = func() (time.Duration, error) {
-			making, dialled := budget.Making(context.Background())
+		p.connect = func(making context.Context) (time.Duration, error) {
 			route := p.account.Route(p.dial)
 			first, err := route.Dial(making, "tcp", "one:5432")
-			if err != nil || !dialled() {
+			if err != nil || !budget.Dialled(making) {
 				return 0, errors.Join(errors.New("the first address"), err)
 			}
 			first.Close() // it spoke no PostgreSQL
@@ -701,8 +792,7 @@ func TestAPermitThatWaitsForItsSocketIsNoRoomForAnother(t *testing.T) {
 		p := w.pool(1, 2)
 		held := w.take(p)
 		w.b.slow(0, 20*ms)
-		p.connect = func() (time.Duration, error) {
-			making, _ := budget.Making(context.Background())
+		p.connect = func(making context.Context) (time.Duration, error) {
 			route := p.account.Route(p.dial)
 			first, err := route.Dial(making, "tcp", "one:5432")
 			if err != nil {
@@ -738,8 +828,7 @@ func TestAnAttemptThatFailsAtEachAddressLeavesNothingBehind(t *testing.T) {
 		p := w.pool(1, 2)
 		w.b.slow(0, 20*ms)
 		refused := errors.New("it speaks no PostgreSQL")
-		p.connect = func() (time.Duration, error) {
-			making, _ := budget.Making(context.Background())
+		p.connect = func(making context.Context) (time.Duration, error) {
 			route := p.account.Route(p.dial)
 			for _, addr := range []string{"one:5432", "two:5432"} {
 				c, err := route.Dial(making, "tcp", addr)
@@ -755,6 +844,122 @@ func TestAnAttemptThatFailsAtEachAddressLeavesNothingBehind(t *testing.T) {
 		}
 		if u := p.account.Usage(); u.Conns != 0 || u.Busy != 0 {
 			t.Errorf("%+v", u)
+		}
+	})
+}
+
+// twoAddresses is a Connect for a name with two addresses, of which the first speaks no PostgreSQL.
+func (p *pool) twoAddresses(making context.Context, dial budget.DialFunc) (time.Duration, error) {
+	route := p.account.Route(dial)
+	for _, addr := range []string{"one:5432", "two:5432"} {
+		conn, err := route.Dial(making, "tcp", addr)
+		switch {
+		case err != nil:
+			return 0, err
+		case addr == "one:5432":
+			conn.Close()
+			continue
+		}
+		c := conn.(*budget.Conn)
+		c.Established()
+		p.put(c)
+	}
+	return 0, nil
+}
+
+// Who had counted on it needs another one.
+func TestAPermitThatGoesBackToItsAttemptHasAnotherMakeRoom(t *testing.T) {
+	in(t, 2, func(t *testing.T, w *world) {
+		idle, p := w.pool(1, 1), w.pool(1, 1)
+		idle.give(w.take(idle))
+		time.Sleep(100 * ms)
+		w.b.slow(0, 10*ms)
+		p.connect = func(making context.Context) (time.Duration, error) {
+			return p.twoAddresses(making, func(ctx context.Context, network, addr string) (net.Conn, error) {
+				if addr == "two:5432" {
+					time.Sleep(500 * ms)
+				}
+				return p.dial(ctx, network, addr)
+			})
+		}
+		first := w.call(p)
+		second := w.call(w.pool(1, 1))
+		if d := second.wait(); d > 2*10*ms {
+			t.Errorf("served after %v beside an idle connection", d)
+		}
+		second.give()
+		first.give()
+	})
+}
+
+// Another attempt of the same account begins as the permit comes back from the first address.
+func TestTheSecondAddressKeepsItsPermit(t *testing.T) {
+	in(t, 2, func(t *testing.T, w *world) {
+		p, other := w.pool(1, 2), w.pool(1, 2)
+		w.b.slow(0, 12*ms)
+		began, reached := time.Now(), make(chan time.Duration, 1)
+		p.connect = func(making context.Context) (time.Duration, error) {
+			defer func() { reached <- time.Since(began) }()
+			return p.twoAddresses(making, p.dial)
+		}
+		held := w.take(other)
+		first := w.call(p)
+		time.Sleep(12*ms + ms/4)
+		p.connect = nil
+		abort(held)
+		other.account.Leave()
+		time.Sleep(ms / 4) // released, and not looked at before 15 ms
+		second := w.call(p)
+		third := w.call(other)
+		if d := <-reached; d != 15*ms {
+			t.Errorf("the second address was reached after %v", d)
+		}
+		first.give()
+		second.give()
+		third.give()
+	})
+}
+
+// What was never logged in is waited for by the next address for a moment only.
+func TestAFirstAddressThatIsFrozenDoesNotKeepThePermit(t *testing.T) {
+	in(t, 1, func(t *testing.T, w *world) {
+		w.b.limit = 2 // after a bound the first one may still have it
+		p := w.pool(1, 1)
+		w.b.slow(0, time.Minute)
+		p.connect = func(making context.Context) (time.Duration, error) { return p.twoAddresses(making, p.dial) }
+		first := w.call(p)
+		if d := first.wait(); d != budget.LingerOneSided {
+			t.Errorf("served after %v, want %v", d, budget.LingerOneSided)
+		}
+		if s := w.Snapshot(); s.Used != 1 || s.Closing != 0 {
+			t.Errorf("%+v", s)
+		}
+		w.b.slow(0, 0)
+		first.give()
+	})
+}
+
+// A hook of the pool that uses another account with the context of an attempt: that is not the attempt's.
+func TestADialOfAnotherAccountIsNotTheAttempts(t *testing.T) {
+	in(t, 4, func(t *testing.T, w *world) {
+		p, other := w.pool(1, 2), w.pool(1, 2)
+		w.b.slow(0, 20*ms)
+		p.connect = func(making context.Context) (time.Duration, error) {
+			first, err := p.account.Route(p.dial).Dial(making, "tcp", "one:5432")
+			if err != nil {
+				return 0, err
+			}
+			first.Close()
+			began := time.Now()
+			c, err := other.account.Route(other.dial).Dial(making, "tcp", "db:5432")
+			if err != nil || time.Since(began) != 0 {
+				return 0, fmt.Errorf("%v after %v", err, time.Since(began))
+			}
+			c.Close()
+			return 0, errRefused
+		}
+		if _, err := p.take(t.Context(), time.Second); err != errRefused {
+			t.Error(err)
 		}
 	})
 }

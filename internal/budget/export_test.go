@@ -6,12 +6,35 @@ const (
 	LingerTimeout  = lingerTimeout
 	LingerOneSided = lingerOneSided
 	LingerUsual    = lingerUsual
+	Rest           = rest
+	LastWords      = lastWords
 )
 
 // Lock holds the server's mutex until the returned function is called.
 func (s *Server) Lock() (unlock func()) {
 	s.mu.Lock()
 	return s.mu.Unlock
+}
+
+// Accounts returns how many accounts are asked for room.
+func (s *Server) Accounts() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.accounts)
+}
+
+// Ticking says whether a timer counts the next rest.
+func (s *Server) Ticking() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ticking
+}
+
+// Expires says whether a timer will go off at a waiter's deadline. It stops it.
+func (a *Account) Expires() bool {
+	a.server.mu.Lock()
+	defer a.server.mu.Unlock()
+	return a.expiry != nil && a.expiry.Stop()
 }
 
 // Books returns how many permits the account has that no socket has taken, its calls of Connect under way, and its sockets.
@@ -26,10 +49,10 @@ func Give(a *Account, n int) {
 	s := a.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	a.add(int64(n) * oneConn)
+	a.addConnLocked(int64(n))
 	s.used += n
 	if n > 0 {
-		s.accounts[a] = struct{}{}
+		s.holdLocked(a)
 	}
 }
 

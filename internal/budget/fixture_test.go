@@ -149,15 +149,17 @@ func abort(c *budget.Conn) {
 type pool struct {
 	account *budget.Account
 	w       *world
-	connect func() (time.Duration, error) // instead of connectOne
-	tcp     budget.DialFunc               // instead of the backend's
-	patient time.Duration                 // of connectOne
-	proof   time.Duration                 // from a dial until the pool has the connection
-	hidden  atomic.Bool                   // a hook has the idle connections: nobody finds them
-	panics  atomic.Bool                   // evict does
+	connect func(making context.Context) (time.Duration, error) // instead of connectOne
+	tcp     budget.DialFunc                                     // instead of the backend's
+	patient time.Duration                                       // of connectOne
+	proof   time.Duration                                       // from a dial until the pool has the connection
+	hidden  atomic.Bool                                         // a hook has the idle connections: nobody finds them
+	panics  atomic.Bool                                         // evict does
 	cut     atomic.Bool
 	evicts  atomic.Int64
-	misses  atomic.Int64 // acquires that found no idle connection, and no permit
+	evictBy time.Duration // evict takes so long before it closes a connection
+	evicted time.Duration // and so long afterwards
+	misses  atomic.Int64  // acquires that found no idle connection, and no permit
 
 	mu     sync.Mutex // guards what follows
 	idle   []*budget.Conn
@@ -260,11 +262,10 @@ func (p *pool) acquire(ctx context.Context) (*budget.Conn, error) {
 	}
 }
 
-func (p *pool) connectOne() (time.Duration, error) {
+func (p *pool) connectOne(making context.Context) (time.Duration, error) {
 	if p.connect != nil {
-		return p.connect()
+		return p.connect(making)
 	}
-	making, _ := budget.Making(context.Background())
 	ctx, cancel := context.WithTimeout(making, p.patient)
 	defer cancel()
 	c, err := p.acquire(ctx)
@@ -283,11 +284,13 @@ func (p *pool) evict() bool {
 	if p.panics.Load() {
 		panic("hook")
 	}
+	time.Sleep(p.evictBy)
 	c := p.pop()
 	if c == nil {
 		return false
 	}
 	c.Close()
+	time.Sleep(p.evicted)
 	return true
 }
 
@@ -332,6 +335,7 @@ type world struct {
 	own     *backend // for the library's own pools
 	cancels *backend
 	pools   []*pool
+	patient time.Duration // of callers of pools that are made from here on
 }
 
 // newWorld has a budget of so many shared permits, and one of its own.
@@ -343,7 +347,7 @@ func newWorld(t *testing.T, shared int) *world {
 func (w *world) pool(floor, ceiling int) *pool {
 	p := &pool{w: w, patient: 10 * time.Second, routes: map[*budget.Conn]*budget.Route{}}
 	p.account = w.NewAccount(budget.AccountConfig{
-		Floor: floor, Ceiling: ceiling, Waiters: 100,
+		Floor: floor, Ceiling: ceiling, Waiters: 100, Patience: w.patient,
 		Connect: p.connectOne, Evict: p.evict, Idle: func() bool { return p.idleConns() > 0 },
 	})
 	w.pools = append(w.pools, p)
@@ -416,6 +420,9 @@ func (w *world) end() {
 	synctest.Wait()
 	if s := w.Snapshot(); s.Used != 0 || s.OwnUsed != 0 || s.Closing != 0 || s.Cancels != 0 || s.Hungry != 0 {
 		w.t.Errorf("at the end: %+v", s)
+	}
+	if n := w.Accounts(); n != 0 || w.Ticking() {
+		w.t.Errorf("%d accounts without a connection are remembered at the end; time goes on: %v", n, w.Ticking())
 	}
 	for i, p := range w.pools {
 		u := p.account.Usage()

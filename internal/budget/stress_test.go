@@ -160,7 +160,7 @@ func (st *storm) others() {
 		case 0:
 			dial = own
 		case 1:
-			st.Shrink()
+			st.pools[0].account.Shrink()
 		case 2:
 			st.b.refuse(errRefused)
 			time.Sleep(rand.N(10 * time.Millisecond))
