@@ -110,26 +110,42 @@ func (p *tenantPool) enter(ctx context.Context, deadline time.Time, missed int) 
 	err := p.account.Enter(ctx, deadline, missed)
 	switch {
 	case errors.Is(err, budget.ErrFull):
-		return hinted(ErrBusy, "%d calls wait for one of its connections already", p.limits.TenantWaiters)
+		return hinted(ErrBusy, "%d calls wait for one of its connections already (Limits.TenantWaiters)", p.limits.TenantWaiters)
 	case errors.Is(err, budget.ErrTimeout):
 		return p.waitedInVain(err)
 	}
 	return err
 }
 
-// waitedInVain says why no connection came in time.
+// waitedInVain says why no connection came in time, and what to do about it.
 func (p *tenantPool) waitedInVain(err error) error {
-	u := p.account.Usage()
-	if failure, ok := errors.AsType[*connectFailure](err); ok && !isState(failure, "53300") {
+	if failure, ok := errors.AsType[*connectFailure](err); ok && !isFull(failure) {
 		return failure
 	}
-	if ofLogin(err) {
-		return hinted(ErrBusy, "no connection could be opened within %v: its login's CONNECTION LIMIT is reached (is Limits.Nodes right? Catalog.RotatePassword makes a login with today's limit)", p.limits.AcquireTimeout)
+	within, conns := p.limits.AcquireTimeout, p.account.Usage().Conns
+	making, ceiling := p.account.Making()
+	starved := errors.Is(err, budget.ErrNoPermit)
+	switch {
+	case ofLogin(err):
+		return hinted(ErrBusy, "no connection could be opened within %v: its login's CONNECTION LIMIT is reached (is Limits.Nodes right? Catalog.RotatePassword makes a login with today's limit)", within)
+	case isFull(err):
+		return hinted(ErrBusy, "no connection could be opened within %v: the server has none left (its max_connections is below Limits.ServerConns and what else connects, or more nodes run than Limits.Nodes says)", within)
+	case making > 0 && starved:
+		return hinted(ErrBusy, "no connection could be opened within %v: %d are still being opened (does the server answer?), and this node's budget of it is used up (Limits.ServerConns)", within, making)
+	case making > 0:
+		return hinted(ErrBusy, "no connection could be opened within %v: %d are still being opened (does the server answer?), and %d are in use", within, making, max(0, conns-making))
+	case starved:
+		return hinted(ErrBusy, "no connection could be opened within %v beside the %d of %d that are: this node's budget of the server is used up (raise Limits.ServerConns, or have fewer nodes or tenants there)", within, conns, ceiling)
+	case conns < ceiling:
+		return hinted(ErrBusy, "no connection became free within %v, and none could be opened: the server may not have let go of those that broke", within)
 	}
-	if u.Conns == 0 || isState(err, "53300") {
-		return hinted(ErrBusy, "no connection could be opened within %v: the server, or the node's budget of it, has none left (Limits.ServerConns, max_connections)", p.limits.AcquireTimeout)
+	switch {
+	case p.slot > 0:
+		return hinted(ErrBusy, "none of the %d connections of its part of the shared pool became free within %v: look for slow statements and transactions that stay open, or raise Limits.DenseConns", conns, within)
+	case ceiling < int(p.limits.TenantConns):
+		return hinted(ErrBusy, "none of its %d connections became free within %v: look for slow statements and transactions that stay open, or raise the MaxConns that Config.PoolConfig or PoolBuilder sets", conns, within)
 	}
-	return hinted(ErrBusy, "none of its %d connections became free within %v", u.Conns, p.limits.AcquireTimeout)
+	return hinted(ErrBusy, "none of its %d connections became free within %v: look for slow statements and transactions that stay open, or raise Limits.TenantConns", conns, within)
 }
 
 // checkOut takes a connection out of the pool. The caller has been admitted: one is idle. Without one it has left again.
@@ -269,7 +285,7 @@ func (p *tenantPool) connect(making context.Context) (retry time.Duration, err e
 	if errors.Is(err, budget.ErrNoPermit) { // a hook of the service has dialled on its own account
 		return noPermitPause, err
 	}
-	if !isState(err, "53300") {
+	if !isFull(err) {
 		p.crowded.Store(0)
 		return 0, err
 	}

@@ -16,10 +16,11 @@ import (
 const (
 	breakerFailures = 3           // failures to connect, one after the other, that open it
 	breakerPause    = time.Second // until the next attempt; up to half of it more, so that tenants of one server do not ask it together
+	probePatience   = time.Second // how long the others wait for the outcome of the one attempt that is let through: a server that is up answers sooner
 )
 
 // breaker stands before the attempts to connect to one data source. After breakerFailures of them in a row it refuses at once, and lets
-// one attempt through after each pause, until one succeeds. Connections that are open are used meanwhile. Safe for concurrent use.
+// one attempt through after each pause, until the server answers: also that it is full. Connections that are open are used meanwhile. Safe for concurrent use.
 type breaker struct {
 	cb    *gobreaker.CircuitBreaker[struct{}]
 	pause time.Duration
@@ -27,6 +28,7 @@ type breaker struct {
 
 	mu     sync.Mutex // guards the fields below
 	last   error      // of the last attempt that failed
+	probe  time.Time  // when the last attempt began; zero: it is over
 	until  time.Time  // when the pause is over
 	outage bool       // it is not closed
 	told   bool       // the outage was logged: one line for each
@@ -35,9 +37,10 @@ type breaker struct {
 func newBreaker(log *slog.Logger, t Tenant) *breaker {
 	b := &breaker{pause: breakerPause + rand.N(breakerPause/2)}
 	b.cb = gobreaker.NewCircuitBreaker[struct{}](gobreaker.Settings{
-		Timeout:     b.pause,
-		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakerFailures },
-		IsExcluded:  func(err error) bool { return err != nil && !tellsOfSource(err) },
+		Timeout:      b.pause,
+		ReadyToTrip:  func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakerFailures },
+		IsExcluded:   func(err error) bool { return err != nil && !tellsOfSource(err) && !isFull(err) },
+		IsSuccessful: func(err error) bool { return err == nil || isFull(err) },
 		OnStateChange: func(_ string, from, to gobreaker.State) { // under the breaker's own lock
 			b.mu.Lock()
 			defer b.mu.Unlock()
@@ -65,12 +68,38 @@ func tellsOfSource(err error) bool {
 			return false
 		}
 	}
-	return !poolClosed(err) && !isState(err, "53300")
+	return !poolClosed(err) && !isFull(err)
 }
+
+// connecting says whether err is that of an attempt to connect, made or refused.
+func connecting(err error) bool {
+	if _, refused := errors.AsType[*refusedAttempt](err); refused {
+		return true
+	}
+	_, failed := errors.AsType[*connectFailure](err)
+	return failed
+}
+
+// isFull says whether the server, or the login, has answered that it takes no more connections.
+func isFull(err error) bool { return isState(err, "53300") }
 
 // do runs an attempt, or refuses it with the failure of the last one.
 func (b *breaker) do(attempt func() error) error {
+	err := b.try(attempt)
+	for errors.Is(err, gobreaker.ErrTooManyRequests) && b.probing() {
+		time.Sleep(noPermitPause)
+		err = b.try(attempt)
+	}
+	b.tell()
+	if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
+		return b.refusal()
+	}
+	return err
+}
+
+func (b *breaker) try(attempt func() error) error {
 	_, err := b.cb.Execute(func() (struct{}, error) {
+		defer b.begin()()
 		err := attempt()
 		if err != nil && tellsOfSource(err) {
 			b.mu.Lock()
@@ -79,11 +108,29 @@ func (b *breaker) do(attempt func() error) error {
 		}
 		return struct{}{}, err
 	})
-	b.tell()
-	if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
-		return b.refusal()
-	}
 	return err
+}
+
+// begin notes when an attempt begins, and with end that it is over.
+func (b *breaker) begin() (end func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	began := time.Now()
+	b.probe = began
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if b.probe == began {
+			b.probe = time.Time{}
+		}
+	}
+}
+
+// probing says whether the attempt that was let through may soon tell more: it has just begun, or is about to.
+func (b *breaker) probing() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.probe.IsZero() || time.Since(b.probe) < probePatience
 }
 
 // tell logs the begin and the end of an outage.
@@ -105,8 +152,10 @@ func (b *breaker) open() error {
 	return b.refusal()
 }
 
-// state returns "closed", "open" or "half-open".
-func (b *breaker) state() string { return b.cb.State().String() }
+// breakerState is "closed", "half-open" or "open", in this order.
+type breakerState = gobreaker.State
+
+func (b *breaker) state() breakerState { return b.cb.State() }
 
 func (b *breaker) refusal() error {
 	b.mu.Lock()

@@ -203,7 +203,7 @@ func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
 	select {
 	case b.inUse <- struct{}{}:
 		entered = true
-		if err := tn.trySlot(ctx, c, b.home(0), time.Time{}); !errors.Is(err, errNoSlot) {
+		if more, err := tn.trySlot(ctx, c, b.home(0), time.Time{}); !more {
 			return err
 		}
 	default:
@@ -211,7 +211,7 @@ func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
 	if n := b.waiting.Add(1); int(n) > c.pool.limits.TenantWaiters {
 		b.waiting.Add(-1)
 		b.refused.Add(1)
-		return hinted(ErrBusy, "%d calls wait for a connection of the shared pool already", c.pool.limits.TenantWaiters)
+		return hinted(ErrBusy, "%d calls wait for a connection of the shared pool already (Limits.TenantWaiters)", c.pool.limits.TenantWaiters)
 	}
 	began := time.Now()
 	b.waits.Add(1)
@@ -230,24 +230,30 @@ func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
 			return ctx.Err()
 		case <-timer.C:
 			b.refused.Add(1)
-			return hinted(ErrBusy, "none of the tenant's %d connections of the shared pool became free within %v", cap(b.inUse), c.pool.limits.AcquireTimeout)
+			return hinted(ErrBusy, "none of the tenant's %d connections of the shared pool became free within %v: look for slow statements and transactions that stay open, or raise Limits.TenantConns", cap(b.inUse), c.pool.limits.AcquireTimeout)
 		}
 	}
+	patient := time.Now().Add(c.pool.limits.PingTimeout)
 	for patience := homePatience; ; patience = awayPatience {
 		until := time.Now().Add(patience)
 		home := b.home(0)
 		if until.After(deadline) || home.groups == 1 { // there is no other to look at
 			until = deadline
 		}
-		if err := tn.trySlot(ctx, c, home, until); !errors.Is(err, errNoSlot) {
+		more, err := tn.trySlot(ctx, c, home, until)
+		if !more {
 			return err
 		}
-		if err := tn.tryOthers(ctx, c, deadline); !errors.Is(err, errNoSlot) {
+		busy := errors.Is(err, ErrBusy) // else no new connection is to be had
+		if more, err := tn.tryOthers(ctx, c, deadline, busy); !more {
 			return err
 		}
-		if !time.Now().Before(deadline) {
+		switch now := time.Now(); {
+		case busy && !now.Before(deadline):
 			b.refused.Add(1)
-			return hinted(ErrBusy, "no connection of the shared pool became free within %v", c.pool.limits.AcquireTimeout)
+			return err
+		case !busy && (home.groups == 1 || now.After(patient) || !now.Before(deadline) || !tn.anyOpen(b)):
+			return err
 		}
 	}
 }
@@ -258,43 +264,65 @@ func (b *binding) home(away int32) slotKey {
 	return slotKey{b.from.key(), groups, int32(b.hash+uint64(away)) & (groups - 1)}
 }
 
-// tryOthers looks for a connection away from the tenant's group: one that is idle, or else one that is not open yet.
-func (tn *Tenancy) tryOthers(ctx context.Context, c *checkout, deadline time.Time) error {
+// tryOthers looks for a connection away from the tenant's group: one that is idle, or else one that is not open yet; where no new one is to be had, one that
+// is open and may come back. It returns as trySlot.
+func (tn *Tenancy) tryOthers(ctx context.Context, c *checkout, deadline time.Time, dial bool) (more bool, err error) {
 	b := c.pool.dense
-	var closed *slotKey
+	var turn *slotKey
 	for away := int32(1); away < b.pool.groups.Load(); away++ {
 		key := b.home(away)
-		if err := tn.trySlot(ctx, c, key, time.Time{}); !errors.Is(err, errNoSlot) {
-			return err
+		if more, err := tn.trySlot(ctx, c, key, time.Time{}); !more {
+			return false, err
 		}
-		if closed == nil && !tn.slotOpen(key, b) {
-			closed = &key
+		if turn == nil && (dial && !tn.ofSlot(key, b, hasConns) || !dial && tn.ofSlot(key, b, isOpen)) {
+			turn = &key
 		}
 	}
-	if closed == nil {
-		return errNoSlot
+	if turn == nil {
+		return true, errNoSlot
 	}
-	if turn := time.Now().Add(awayPatience); turn.Before(deadline) { // its own group may be free before
-		deadline = turn
+	if until := time.Now().Add(awayPatience); until.Before(deadline) { // its own group may be free before
+		deadline = until
 	}
-	return tn.trySlot(ctx, c, *closed, deadline)
+	return tn.trySlot(ctx, c, *turn, deadline)
 }
 
-func (tn *Tenancy) slotOpen(key slotKey, b *binding) (open bool) {
+// anyOpen says whether a connection of any group is open.
+func (tn *Tenancy) anyOpen(b *binding) bool {
+	for away := range b.pool.groups.Load() {
+		if tn.ofSlot(b.home(away), b, isOpen) {
+			return true
+		}
+	}
+	return false
+}
+
+// hasConns says whether a connection is open, or being opened.
+func hasConns(slot *tenantPool) bool { return slot.account.HasConns() }
+
+// isOpen says whether a connection is open, and may come back.
+func isOpen(slot *tenantPool) bool {
+	making, _ := slot.account.Making()
+	return slot.account.Usage().Conns > making
+}
+
+// ofSlot asks something of a group's connections. Of one that cannot be reached it is true: the next look tells why.
+func (tn *Tenancy) ofSlot(key slotKey, b *binding, is func(slot *tenantPool) bool) bool {
 	l, err := tn.slots.Acquire(context.Background(), key, b.from.generation)
 	if err != nil {
-		return true // the next look tells why
+		return true
 	}
 	defer l.Release()
-	return l.Value().account.HasConns()
+	return is(l.Value())
 }
 
-// trySlot takes a connection of the group if one is free by then; with a zero time only if one is idle now. Otherwise the error is errNoSlot.
-func (tn *Tenancy) trySlot(ctx context.Context, c *checkout, key slotKey, until time.Time) error {
+// trySlot takes a connection of the group if one is free by then; with a zero time only if one is idle now. After an error there may be more to be had
+// elsewhere, or later: the group is busy, or no connection could be opened.
+func (tn *Tenancy) trySlot(ctx context.Context, c *checkout, key slotKey, until time.Time) (more bool, err error) {
 	b := c.pool.dense
 	l, err := tn.slots.Acquire(ctx, key, b.from.generation)
 	if err != nil {
-		return err
+		return false, err
 	}
 	kept := false
 	defer func() {
@@ -309,24 +337,21 @@ func (tn *Tenancy) trySlot(ctx context.Context, c *checkout, key slotKey, until 
 			if poolClosed(err) {
 				l.Discard()
 			}
-			if errors.Is(err, ErrBusy) {
-				return errNoSlot
-			}
-			return err
+			return ctx.Err() == nil && (errors.Is(err, errNoSlot) || errors.Is(err, ErrBusy) || connecting(err)), err
 		}
 		session, err := ready(ctx, conn, b)
 		if err == nil {
 			kept = true
 			c.conn, c.dense, c.slot = conn, session, l
-			return nil
+			return false, nil
 		}
 		gone := conn.Conn().IsClosed() || errors.Is(err, errNotReset) // while it was idle, most likely: nothing of the call was sent
 		slot.discard(ctx, conn)
 		if !gone || again || ctx.Err() != nil {
-			return err
+			return false, err
 		}
 		if until.IsZero() { // its successor is not there yet
-			return errNoSlot
+			return true, errNoSlot
 		}
 	}
 }
@@ -372,12 +397,30 @@ func (c *checkout) leaveDense() {
 	<-c.pool.dense.inUse
 }
 
+// slotStats are of all groups of a shared pool.
+type slotStats struct {
+	breaker breakerState // the worst
+	starved int64        // the sum
+}
+
+// slotStats returns those of all shared pools that have connections.
+func (tn *Tenancy) slotStats() map[poolKey]slotStats {
+	all := map[poolKey]slotStats{}
+	tn.slots.Each(func(key slotKey, _ int64, p *tenantPool, _ int) {
+		s := all[key.poolKey]
+		s.breaker = max(s.breaker, p.breaker.state())
+		s.starved += p.account.Usage().Starved
+		all[key.poolKey] = s
+	})
+	return all
+}
+
 // denseStats are those of a tenant in a shared pool.
-func (p *tenantPool) denseStats() TenantStats {
+func (p *tenantPool) denseStats(of slotStats) TenantStats {
 	b := p.dense
 	busy := len(b.inUse)
-	return TenantStats{Name: p.tenant.Name, Generation: p.tenant.Generation, Dense: true, Conns: busy, Busy: busy, Waiting: int(b.waiting.Load()), Breaker: "closed",
-		Waits: b.waits.Load(), WaitTime: time.Duration(b.waited.Load()), Refused: b.refused.Load()}
+	return TenantStats{Name: p.tenant.Name, Generation: p.tenant.Generation, Dense: true, Conns: busy, Busy: busy, Waiting: int(b.waiting.Load()), Breaker: of.breaker.String(),
+		Waits: b.waits.Load(), WaitTime: time.Duration(b.waited.Load()), Starved: of.starved, Refused: b.refused.Load()}
 }
 
 // errUnbound is a session that could not be made the tenant's: its role may have changed, or was closed, and the catalog knows more.

@@ -163,3 +163,36 @@ func TestSetDenseIsFinishedWhereverItDied(t *testing.T) {
 		}
 	})
 }
+
+// TestATenantOfASharedPoolIsToldOfAUsedUpBudget, and so are its Stats.
+func TestATenantOfASharedPoolIsToldOfAUsedUpBudget(t *testing.T) {
+	t.Parallel()
+	limits := tenancy.Limits{ServerConns: 18, PrimaryConns: 3, TenantConns: 10, DenseConns: 4, AcquireTimeout: 300 * time.Millisecond}
+	_, tn, dense := denseFleet(t, tenancy.Config{Limits: limits}, tenancy.IsolationSchema, "acme", "globex")
+	apart := createIn(t, tn, "apart", tenancy.IsolationSchema)
+	acme, other := tenancytest.Context(t, tn, "acme"), entered(t, tn, apart.ID)
+	held, err := tn.DB().Begin(acme)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Rollback(context.Background())
+	for {
+		tx, err := tn.DB().Begin(other)
+		if err != nil {
+			wantError(t, err, tenancy.ErrBusy, "Limits.ServerConns")
+			break
+		}
+		defer tx.Rollback(context.Background())
+	}
+	_, err = tn.DB().Exec(acme, `SELECT 1`)
+	wantError(t, err, tenancy.ErrBusy, "beside the 1 of 4", "this node's budget of the server is used up", "Limits.ServerConns")
+	if s := statsOf(tn, dense[0].ID); s.Starved == 0 || s.Refused != 1 {
+		t.Errorf("%+v", s)
+	}
+	if err := held.Rollback(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if _, err = tn.DB().Exec(acme, `SELECT 1`); err != nil {
+		t.Error(err)
+	}
+}

@@ -195,3 +195,81 @@ func TestTheServerOfASharedPoolIsAwayAndBack(t *testing.T) {
 		}
 	})
 }
+
+// TestOpenConnectionsOfASharedPoolAreUsedWhileNoNewOneIs to be had, of the tenant's group and of others. When none is open, nobody waits for one.
+func TestOpenConnectionsOfASharedPoolAreUsedWhileNoNewOneIs(t *testing.T) {
+	t.Parallel()
+	const callers = 10
+	p, way := newDenseStrait(t, tenancy.Config{Limits: tenancy.Limits{DenseConns: 4, DenseTenants: 2, TenantConns: callers + 1, PingTimeout: 15 * time.Second, AcquireTimeout: 18 * time.Second}}, tenancy.IsolationSchema)
+	var acme tenancy.ID
+	for id, s := range p.tn.Stats() {
+		if s.Name == "acme" {
+			acme = id
+		}
+	}
+	for name, holder := range map[string]context.Context{"its_own": p.acme, "anothers": p.globex} {
+		t.Run(name, func(t *testing.T) {
+			way.calm()
+			way.drop()
+			var held pgx.Tx
+			untilTrue(t, "a connection is held", func() (ok bool) {
+				var err error
+				held, err = p.db.Begin(holder)
+				return err == nil
+			})
+			way.refuse()
+			errs := make(chan error, callers)
+			for range callers {
+				go func() { errs <- second(p.db.Exec(p.acme, `SELECT 1`)) }()
+			}
+			untilTrue(t, "all wait, and no new connection is to be had", func() bool {
+				s := statsOf(p.tn, acme)
+				return len(errs) > 0 || s.Waiting == callers && s.Breaker != "closed"
+			})
+			if err := held.Rollback(t.Context()); err != nil {
+				t.Error(err)
+			}
+			for range callers {
+				if err := <-errs; err != nil {
+					t.Errorf("beside a connection that came back: %v", err)
+				}
+			}
+		})
+	}
+	way.cut()
+	for range 8 {
+		began := time.Now()
+		wantError(t, second(p.db.Exec(p.acme, `SELECT 1`)), tenancy.ErrTenantUnavailable)
+		if took := time.Since(began); took > 10*time.Second {
+			t.Errorf("with none open a call took %v to fail", took)
+		}
+	}
+}
+
+// TestStatsOfTenantsThatShareAPoolTellOfItsBreaker: it is not theirs, and it is what refuses them.
+func TestStatsOfTenantsThatShareAPoolTellOfItsBreaker(t *testing.T) {
+	t.Parallel()
+	p, way := newDenseStrait(t, tenancy.Config{}, tenancy.IsolationSchema)
+	apart := createIn(t, p.tn, "apart", tenancy.IsolationSchema)
+	if _, err := p.db.Exec(tenancytest.Context(t, p.tn, "apart"), `SELECT 1`); err != nil {
+		t.Fatal(err)
+	}
+	breakers := func(want string) func() bool {
+		return func() bool {
+			p.db.Exec(p.acme, `SELECT 1`)
+			for id, s := range p.tn.Stats() {
+				if id == apart.ID && s.Breaker != "closed" {
+					t.Fatalf("of a tenant with a pool of its own: %+v", s)
+				}
+				if id != apart.ID && s.Breaker != want {
+					return false
+				}
+			}
+			return true
+		}
+	}
+	way.cut()
+	untilTrue(t, "open for both", breakers("open"))
+	way.calm()
+	untilTrue(t, "closed for both", breakers("closed"))
+}

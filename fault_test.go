@@ -901,6 +901,50 @@ func TestOpenConnectionsAreUsedWhileNoNewOneIs(t *testing.T) {
 	}
 }
 
+// TestAFullServerAfterAnOutageIsWaitedOut, as after each restart: nobody is told of the outage.
+func TestAFullServerAfterAnOutageIsWaitedOut(t *testing.T) {
+	t.Parallel()
+	const callers = 8
+	x := newFaulty(t, tenancy.Config{})
+	x.neighbourAtWork()
+	x.strait.cut()
+	x.openBreaker()
+	must(x, x.admin, `ALTER ROLE `+x.place.Login+` CONNECTION LIMIT 0`)
+	x.strait.calm()
+	untilTrue(t, "half-open", func() bool { return x.stats().Breaker == "half-open" })
+	errs := make(chan error, callers)
+	for range callers {
+		go func() { _, err := x.tn.DB().Exec(x.ctx, `SELECT 1`); errs <- err }()
+	}
+	dials := x.strait.dials()
+	untilTrue(t, "all wait, and a second attempt was made", func() bool {
+		return len(errs) > 0 || x.stats().Waiting == callers && x.stats().Breaker == "closed" && x.strait.dials() > dials+4
+	})
+	short, cancel := context.WithTimeout(x.ctx, 50*time.Millisecond)
+	defer cancel()
+	if _, err := x.tn.DB().Exec(short, `SELECT 1`); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a caller of less patience: %v", err)
+	}
+	must(x, x.admin, `ALTER ROLE `+x.place.Login+` CONNECTION LIMIT -1`)
+	for range callers {
+		if err := <-errs; err != nil {
+			t.Errorf("the server was only full: %v", err)
+		}
+	}
+}
+
+// TestAServerThatDoesNotAnswerIsNamed as the cause where a call has less patience than an attempt to connect.
+func TestAServerThatDoesNotAnswerIsNamed(t *testing.T) {
+	t.Parallel()
+	x := newFaulty(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 300 * time.Millisecond}})
+	x.neighbourAtWork()
+	x.strait.drop()
+	untilTrue(t, "its sessions are gone", func() bool { return len(x.pids()) == 0 })
+	x.strait.freeze()
+	_, err := x.tn.DB().Exec(x.ctx, `SELECT 1`)
+	wantError(t, err, tenancy.ErrBusy, "1 are still being opened", "does the server answer?", "0 are in use")
+}
+
 // settled waits until no connection of acme's is on loan.
 func (x *faulty) settled() {
 	x.Helper()

@@ -126,6 +126,97 @@ func TestABuilderMayConnect(t *testing.T) {
 	}
 }
 
+// TestABuilderThatLowersMaxConnsIsHeeded: what its pool has not is not asked of it, and is no outage.
+func TestABuilderThatLowersMaxConnsIsHeeded(t *testing.T) {
+	_, tn, ctx, id := limited(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 300 * time.Millisecond, ConnectTimeout: 100 * time.Millisecond, PingTimeout: 50 * time.Millisecond},
+		PoolBuilder: tenancy.PoolBuilderFunc(func(ctx context.Context, who tenancy.Tenant, cfg *pgxpool.Config) (*pgxpool.Pool, error) {
+			if who.Name == "acme" {
+				cfg.MaxConns = 1
+			}
+			return pgxpool.NewWithConfig(ctx, cfg)
+		})})
+	globex := tenancytest.Create(t, tn, "globex")
+	tx, err := tn.DB().Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 4 {
+		_, err := tn.DB().Exec(ctx, "SELECT 1")
+		wantError(t, err, tenancy.ErrBusy, "none of its 1 connections", "MaxConns")
+	}
+	if s := statsOf(tn, id); s.Breaker != "closed" || s.Conns != 1 {
+		t.Errorf("beside its one connection in use: %+v", s)
+	}
+	for range 2 { // the other tenant has what the limits say
+		tx, err := tn.DB().Begin(entered(t, tn, globex.ID))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer tx.Rollback(context.Background())
+	}
+	tx.Rollback(ctx)
+	if _, err := tn.DB().Exec(ctx, "SELECT 1"); err != nil {
+		t.Error(err)
+	}
+}
+
+func statsOf(tn *tenancy.Tenancy, id tenancy.ID) tenancy.TenantStats {
+	for i, s := range tn.Stats() {
+		if i == id {
+			return s
+		}
+	}
+	return tenancy.TenantStats{}
+}
+
+// TestABusyCallIsToldWhichBoundWasMet: the tenant's own, or that of the node's budget of the server.
+func TestABusyCallIsToldWhichBoundWasMet(t *testing.T) {
+	_, tn, ctx, _ := limited(t, tenancy.Config{Limits: tenancy.Limits{ServerConns: 18, PrimaryConns: 3, TenantConns: 3, TenantWaiters: 1, AcquireTimeout: 300 * time.Millisecond}})
+	globex, third := tenancytest.Create(t, tn, "globex"), tenancytest.Create(t, tn, "third")
+	used := func(ctx context.Context) (held int, err error) {
+		for ; held < 4; held++ {
+			tx, err := tn.DB().Begin(ctx)
+			if err != nil {
+				return held, err
+			}
+			t.Cleanup(func() { tx.Rollback(context.Background()) })
+		}
+		return held, nil
+	}
+	held, err := used(ctx)
+	wantError(t, err, tenancy.ErrBusy, "none of its 3 connections became free", "slow statements", "raise Limits.TenantConns")
+	if held != 3 {
+		t.Errorf("acme has %d", held)
+	}
+	untilTrue(t, "one of those who come together is told how many wait", func() (told bool) {
+		errs := make(chan error, 4)
+		for range cap(errs) {
+			go func() { _, err := tn.DB().Exec(ctx, "SELECT 1"); errs <- err }()
+		}
+		for range cap(errs) {
+			err := <-errs
+			wantError(t, err, tenancy.ErrBusy)
+			told = told || strings.Contains(err.Error(), "1 calls wait for one of its connections already (Limits.TenantWaiters)")
+		}
+		return told
+	})
+	starved := 0
+	for _, other := range []tenancy.ID{globex.ID, third.ID} {
+		held, err := used(entered(t, tn, other))
+		if held == 3 {
+			continue // the next one finds the budget used up
+		}
+		starved++
+		wantError(t, err, tenancy.ErrBusy, fmt.Sprintf("beside the %d of 3", held), "this node's budget of the server is used up", "raise Limits.ServerConns")
+		if s := statsOf(tn, other); s.Starved == 0 {
+			t.Errorf("tenant %d: %+v", other, s)
+		}
+	}
+	if starved == 0 {
+		t.Error("the budget was not used up: nothing was shown")
+	}
+}
+
 type wrappedConn struct{ net.Conn }
 
 // TestAWrappedSocketIsCounted: AfterNetConnect hides ours under another.

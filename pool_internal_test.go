@@ -968,3 +968,26 @@ func TestFindingAnIdleConnectionSaysNothingOfTheServer(t *testing.T) {
 		t.Error("an attempt that found an idle connection was taken for one that connected")
 	}
 }
+
+// TestAPoolMakesNoRoomBeforeItIsTheTenants: what a builder has opened is its own until then.
+func TestAPoolMakesNoRoomBeforeItIsTheTenants(t *testing.T) {
+	if (&tenantPool{}).evict() {
+		t.Error("a pool that is not there yet has made room")
+	}
+	f := newPoolFixture(t, Config{})
+	f.wantNotes(acme, "t_a") // one is idle from here on
+	l, err := f.tn.pools.Acquire(t.Context(), acme, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Release()
+	p := l.Value()
+	p.built.Store(false)
+	if p.evict() || p.pool.Stat().IdleConns() != 1 {
+		t.Error("a builder has lost its connection")
+	}
+	p.built.Store(true)
+	if !p.evict() {
+		t.Error("a pool that was built makes no room")
+	}
+}

@@ -10,7 +10,7 @@ import (
 type TenantStats struct {
 	Name       string // as of when the pool was made
 	Generation int64
-	Dense      bool   // it shares a pool: Conns are those that it uses now, and the counts are of this generation
+	Dense      bool   // it shares a pool: Conns are those that it uses now, Breaker is the worst and Starved the sum of that pool's groups, and the other counts are its own, of this generation
 	Conns      int    // connections that are open or being opened
 	Busy       int    // of them, in use or being opened
 	Waiting    int    // calls that wait for one
@@ -26,23 +26,23 @@ type TenantStats struct {
 // can be read each second for thousands of tenants. Pools that are replaced and still in use are left out.
 func (tn *Tenancy) Stats() iter.Seq2[ID, TenantStats] {
 	return func(yield func(ID, TenantStats) bool) {
-		more := true
+		more, shared := true, tn.slotStats()
 		tn.pools.Each(func(id ID, generation int64, p *tenantPool, _ int) {
 			if more {
-				more = yield(id, p.stats())
+				more = yield(id, p.stats(shared))
 			}
 		})
 	}
 }
 
-func (p *tenantPool) stats() TenantStats {
+func (p *tenantPool) stats(shared map[poolKey]slotStats) TenantStats {
 	if p.dense != nil {
-		return p.denseStats()
+		return p.denseStats(shared[p.dense.from.key()])
 	}
 	u := p.account.Usage()
 	return TenantStats{
 		Name: p.tenant.Name, Generation: p.tenant.Generation,
-		Conns: u.Conns, Busy: u.Busy, Waiting: u.Waiting, Breaker: p.breaker.state(),
+		Conns: u.Conns, Busy: u.Busy, Waiting: u.Waiting, Breaker: p.breaker.state().String(),
 		Waits: u.Waits, WaitTime: u.Waited, Starved: u.Starved, Refused: u.Refused,
 	}
 }

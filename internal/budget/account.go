@@ -240,6 +240,9 @@ func (a *Account) expire() {
 	if a.failed != nil {
 		err = errors.Join(err, a.failed)
 	}
+	if a.line != nil {
+		err = errors.Join(err, ErrNoPermit)
+	}
 	now, before := time.Now(), len(a.waiters)
 	a.waiters = slices.DeleteFunc(a.waiters, func(w *waiter) bool {
 		if w.deadline.After(now) {
@@ -653,6 +656,22 @@ func (a *Account) Unseen() {
 
 // Bounds says whether the account bounds its pool: false once it is [Account.Unseen].
 func (a *Account) Bounds() bool { return connsOf(a.state.Load()) < unbounded }
+
+// Lower lowers the ceiling to that of a pool that turned out to be smaller; never below 1.
+func (a *Account) Lower(ceiling int) {
+	s := a.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a.cfg.Ceiling = max(1, min(a.cfg.Ceiling, ceiling))
+}
+
+// Making returns how many connections are being made at the moment, and the ceiling. It takes the lock: it is for who waited in vain.
+func (a *Account) Making() (making, ceiling int) {
+	s := a.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return a.making, a.cfg.Ceiling
+}
 
 // HasConns says whether a connection is there, or being made.
 func (a *Account) HasConns() bool { return connsOf(a.state.Load()) > 0 }

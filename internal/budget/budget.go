@@ -29,7 +29,8 @@ import (
 var (
 	// ErrFull is the error of Enter when as many wait as may.
 	ErrFull = errors.New("budget: too many are waiting for a connection")
-	// ErrTimeout is the error of Enter when no connection came in time. It is joined with what the last attempt to make one failed of.
+	// ErrTimeout is the error of Enter when no connection came in time. It is joined with what the last attempt to make one failed of, and with
+	// [ErrNoPermit] when there was no permit for another one.
 	ErrTimeout = errors.New("budget: no connection became free in time")
 	// ErrNoPermit is the error of a dial for which nobody has a permit.
 	ErrNoPermit = errors.New("budget: no permit for a new connection")
