@@ -112,10 +112,19 @@ func refusal(op string, err error) error {
 	return unavailable(op, err)
 }
 
-// transact runs fn in a transaction, once more where the server chose it as a deadlock's victim: nothing of it remains then.
+// transact runs fn in a transaction, once more where the server chose it as a deadlock's victim: nothing of it remains then. A COMMIT whose answer the caller
+// did not wait for is ErrPrimaryUnavailable: it may have been done.
 func (p *primaryDB) transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	for try := 1; ; try++ {
-		err := pgx.BeginFunc(ctx, p.pool, fn)
+		committing := false
+		err := pgx.BeginFunc(ctx, p.pool, func(tx pgx.Tx) error {
+			err := fn(tx)
+			committing = err == nil
+			return err
+		})
+		if committing && errors.Is(err, context.Canceled) && !pgconn.SafeToRetry(err) {
+			return fmt.Errorf("%w: the call ended before the answer to its COMMIT, which may have been done: %w", ErrPrimaryUnavailable, withoutSecrets(err))
+		}
 		if try == 3 || !isState(err, "40P01", "40001") {
 			return err
 		}

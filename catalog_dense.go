@@ -350,6 +350,8 @@ func (c *Catalog) writeDense(ctx context.Context, p *place, dense bool) error {
 
 // leaveDense closes the role that no node uses any more, drops it and writes that it is gone. The tenant's lock is held.
 func (c *Catalog) leaveDense(ctx context.Context, p *place) error {
+	ctx, cancel := c.whileLeaving(ctx)
+	defer cancel()
 	if err := c.tn.feed.awaitNodes(ctx); err != nil {
 		return err
 	}
@@ -358,7 +360,7 @@ func (c *Catalog) leaveDense(ctx context.Context, p *place) error {
 		return err
 	}
 	defer closeConn(conn)
-	done, err := p.act(ctx, conn, p.source.User, p.denseRole)
+	done, err := p.act(ctx, conn, p.source.User, p.denseRole, p.owner) // the owner: as in dropLogin
 	if err != nil {
 		return err
 	}

@@ -213,6 +213,8 @@ func (c *Catalog) dropOldDense(ctx context.Context, l *poolLogin) error {
 	if l.old == "" {
 		return nil
 	}
+	ctx, cancel := c.whileLeaving(ctx)
+	defer cancel()
 	if err := c.tn.feed.awaitNodes(ctx); err != nil {
 		return err
 	}

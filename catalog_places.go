@@ -129,11 +129,15 @@ func onlyIsolation(given []Isolation) (Isolation, error) {
 // SetDataSource tells the catalog of a password that was changed by hand; of a place that it has left, an earlier login will do, and then what the primary has
 // counts, with whatever password.
 //
+// A place that is behind the tenant's version is migrated up to it first, as [Migrator.Tenant] does, while the tenant is served from where it is, and has the version recorded
+// also where nothing comes of the move. Where that cannot be, the tenant does not move: this node's Config.Migrations do not have the version, the tenant is pinned below it, or
+// a migration without a transaction has died in the place. Nor does it move beyond the version that it is pinned to.
+//
 // A tenant with [IsolationShared] does not move ([ErrInvalid]).
 //
-// With [ErrNotClosed] the tenant has moved, and the old place is still to be closed, by the validity job. With any other error it has not moved:
-// [ErrInvalid], [ErrIdentity] (the place is another tenant's), [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady], [ErrNoProvisioner], [ErrInProgress],
-// [ErrPrimaryUnavailable] (whose answer to the last write may be lost: see Catalog.DataSource) or that of the new place's server.
+// With [ErrNotClosed] the tenant has moved, and the old place is still to be closed, by the validity job: closing it has Config.DrainTimeout and a minute. With any other error it has not moved:
+// [ErrInvalid], [ErrIdentity] (the place is another tenant's), [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady], [ErrNoProvisioner], [ErrNoMigrations], [ErrMigrationDirty], [ErrInProgress],
+// [ErrPrimaryUnavailable] (whose answer to the last write may be lost, also when ctx was cancelled: see Catalog.DataSource) or that of the new place's server or of a migration.
 func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err error) {
 	const op = "set data source"
 	fail := func(err error) error { return &Error{Op: op, Tenant: id, Err: err} }
@@ -186,6 +190,11 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 	case to.id == now.id:
 		return fail(invalid(fmt.Errorf("data source: the tenant is in this place with login %q, and not %q", to.source.User, d.User)))
 	}
+	if to.id != now.id {
+		if err := c.bringUp(ctx, now, to); err != nil {
+			return fail(err)
+		}
+	}
 	if now.tenant.State != StateActive { // the place is opened to be proved, and closed again
 		if err := c.unfence(ctx, id); err != nil {
 			return fail(err)
@@ -207,6 +216,33 @@ func (c *Catalog) SetDataSource(ctx context.Context, id ID, d DataSource) (err e
 	}
 	if err := c.leavePlace(ctx, now); err != nil {
 		return fail(fmt.Errorf("%w: the tenant has moved, the place at %s that it left was not closed: %w", ErrNotClosed, now.source.Address(), err))
+	}
+	return nil
+}
+
+// bringUp migrates a place that the tenant moves to and that is behind up to the tenant's version. The tenant stays where it is meanwhile.
+func (c *Catalog) bringUp(ctx context.Context, now, to *place) error {
+	if to.migrating != 0 || to.version < now.version {
+		done, err := c.tn.slot(ctx)
+		if err != nil {
+			return err
+		}
+		defer done()
+		_, err = c.migratePlace(ctx, to, &errand{to: now.version, patience: lockPatience})
+		switch {
+		case errors.Is(err, ErrMigrationDirty): // Migrator.Resolve is for where the tenant is
+			return hinted(ErrMigrationDirty, "version %d, which says NO TRANSACTION, has died half-way in schema %s; the tenant stays where it is: drop that place (Catalog.DropPlace) and have another one prepared", max(to.migrating, -to.migrating), to.source.Schema)
+		case err != nil:
+			return fmt.Errorf("migrate the place to version %d, at which the tenant is: %w", now.version, err)
+		}
+	}
+	switch {
+	case to.version < now.version && now.pinned > 0 && now.pinned < now.version:
+		return invalid(fmt.Errorf("data source: the place is at version %d, and the tenant at %d and pinned at %d, beyond which nothing is migrated: call Migrator.Pin with %d first", to.version, now.version, now.pinned, now.version))
+	case to.version < now.version:
+		return invalid(fmt.Errorf("data source: the place is at version %d and the tenant at %d, which this node's Config.Migrations do not have: call it on a node of the release that has it", to.version, now.version))
+	case now.pinned > 0 && to.version > max(now.pinned, now.version):
+		return invalid(fmt.Errorf("data source: the place is at version %d, and the tenant pinned at %d: call Migrator.Unpin first, or have another place prepared", to.version, now.pinned))
 	}
 	return nil
 }
@@ -274,13 +310,13 @@ func (c *Catalog) enterPlace(ctx context.Context, now, to *place) error {
 // move writes the tenant's new place, and that the one before is to be closed: a crash from here on is finished by the validity job.
 func (c *Catalog) move(ctx context.Context, op string, now, to *place) error {
 	id, d := now.tenant.ID, to.source
-	return c.write(ctx, op, id, func(tx pgx.Tx) error {
+	err := c.write(ctx, op, id, func(tx pgx.Tx) error {
 		state, err := lockRow(ctx, tx, id)
 		if err != nil {
 			return err
 		}
-		if state == StateDeleted {
-			return ErrTenantGone
+		if state != now.tenant.State {
+			return errOvertaken
 		}
 		sealed, err := c.tn.primary.sealSource(to.tenant.UID, "data_source", d)
 		if err != nil {
@@ -311,12 +347,38 @@ func (c *Catalog) move(ctx context.Context, op string, now, to *place) error {
 		}
 		return changed(ctx, tx, "tenant", id, "")
 	})
+	c.fenceOvertaken(ctx, id, err)
+	return err
+}
+
+// fenceOvertaken has the validity job fence the tenant again, if it is out of service, when the verb that has opened a login was overtaken: that may have been by the fence.
+func (c *Catalog) fenceOvertaken(ctx context.Context, id ID, err error) {
+	if !errors.Is(err, errOvertaken) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	_ = c.unfence(ctx, id)
+}
+
+// whileLeaving bounds the closing of what the nodes have left, when the verb has done what it was called for: a server that freezes keeps neither the verb nor the tenant's lock.
+func (c *Catalog) whileLeaving(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, c.tn.cfg.DrainTimeout+c.tn.leaveTime)
 }
 
 // leavePlace waits for the nodes, closes a place that the tenant is not in and writes that it is closed. The tenant's lock is held.
 func (c *Catalog) leavePlace(ctx context.Context, p *place) error {
+	ctx, cancel := c.whileLeaving(ctx)
+	defer cancel()
 	if err := c.tn.feed.awaitNodes(ctx); err != nil {
 		return err
+	}
+	// As late as can be: the lock may be lost since, and the tenant back by another verb.
+	var used bool
+	if err := c.tn.primary.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM tenancy.tenants WHERE data_source = $1)`, p.id).Scan(&used); err != nil {
+		return unavailable("leave place", err)
+	} else if used {
+		return errOvertaken
 	}
 	if err := fencePlace(ctx, p, leaving(p.source.Pooler != ""), c.tn.cfg.DrainTimeout); err != nil {
 		return err

@@ -17,14 +17,15 @@ const opRotate = "rotate password"
 // new login is proved before anything changes, every node opens new pools with it, calls and transactions in flight
 // have Config.DrainTimeout to finish on the old one, and no session of it is left. A tenant that is suspended or under maintenance stays so.
 //
-// The new login has the rights of the tenant's groups and owns what the old one did (large objects). What was given to the old login by hand goes
-// with it: grant to the runtime role, and make settings (ALTER ROLE ... SET) again, for a login does not inherit its groups'.
+// The new login has the rights of the tenant's groups and owns what the old one did (large objects). What was given to the old login by hand in the tenant's schema goes
+// with it: grant to the runtime role, and make settings (ALTER ROLE ... SET) again, for a login does not inherit its groups'. A right on what is not the tenant's
+// keeps the old login, closed, until it is revoked.
 // The new login goes through the pooler that the place's server is registered with, or past any that it has no more ([ServerConfig].Pooler).
 // With [IsolationShared] the old login's large objects are the new one's when it has returned, and not before.
 // A place that the tenant has left keeps its login, which is closed.
 //
 // A RotatePassword that died or failed on the way is finished by the next one, or by the validity job. With [ErrNotClosed] the tenant has its new
-// login, and the old one is still to be dropped, by the validity job. The other errors are [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady],
+// login, and the old one is still to be dropped, by the validity job: dropping it has Config.DrainTimeout and a minute. The other errors are [ErrTenantNotFound], [ErrTenantGone], [ErrTenantNotReady],
 // [ErrNoProvisioner], [ErrIdentity] and [ErrSetup] (the new login is not what it should be), [ErrInProgress], [ErrPrimaryUnavailable] (whose
 // answer to the last write may be lost) or that of the server.
 func (c *Catalog) RotatePassword(ctx context.Context, id ID) error {
@@ -207,6 +208,7 @@ func (c *Catalog) takeNextLogin(ctx context.Context, p *place) error {
 		return changed(ctx, tx, "tenant", id, "")
 	})
 	if err != nil {
+		c.fenceOvertaken(ctx, id, err)
 		return refusal(opRotate, err)
 	}
 	p.oldPooled = p.source.Pooler != ""
@@ -250,6 +252,8 @@ func (c *Catalog) dropLogin(ctx context.Context, p *place, login string) (err er
 			err = fmt.Errorf("drop login %s at %s: %w", login, p.source.Address(), err)
 		}
 	}()
+	ctx, cancel := c.whileLeaving(ctx)
+	defer cancel()
 	if err := c.tn.feed.awaitNodes(ctx); err != nil {
 		return err
 	}
@@ -258,7 +262,7 @@ func (c *Catalog) dropLogin(ctx context.Context, p *place, login string) (err er
 		return err
 	}
 	defer closeConn(conn)
-	done, err := p.act(ctx, conn, login, p.source.User)
+	done, err := p.act(ctx, conn, login, p.source.User, p.owner) // the owner: only who gave a right takes it away
 	if err != nil {
 		return err
 	}

@@ -37,7 +37,7 @@ func (c *Catalog) migratePlace(ctx context.Context, p *place, e *errand) (applie
 	return applied, err
 }
 
-// recordVersion writes the version to the catalog, and moves the tenant to a new generation:
+// recordVersion writes the version to the catalog, and moves the tenant that is in the place to a new generation:
 // pools that cached plans of the old tables are replaced. Whoever calls it has this node's feed catch up.
 func (c *Catalog) recordVersion(ctx context.Context, p *place) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -45,7 +45,7 @@ func (c *Catalog) recordVersion(ctx context.Context, p *place) error {
 	return refusal("record version", c.tn.primary.transact(ctx, func(tx pgx.Tx) error {
 		// Both rows first: what changed locks comes last in a transaction.
 		_, err := tx.Exec(ctx, `WITH place AS (UPDATE tenancy.data_sources SET version = $2, migrating = nullif($3::bigint, 0), updated = now() WHERE id = $1 RETURNING id),
-			tenant AS (UPDATE tenancy.tenants SET generation = generation + 1, updated = now() WHERE id = $4 RETURNING id)
+			tenant AS (UPDATE tenancy.tenants SET generation = generation + 1, updated = now() WHERE id = $4 AND data_source = $1 RETURNING id)
 			SELECT tenancy.changed('tenant', tenant.id, NULL) FROM place, tenant`, p.id, p.version, p.migrating, p.tenant.ID)
 		return err
 	}))

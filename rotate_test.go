@@ -412,8 +412,8 @@ func TestASuspendedTenantIsClosedAgainAfterACrash(t *testing.T) {
 	wantOneLogin(t, f, tn, acme.ID, false)
 }
 
-// TestAVerbThatLostItsLockClosesNothing takes the lock's session away from a rotation of a suspended tenant whose next login is open. Another node may
-// have resumed the tenant by the time that the rotation ends.
+// TestAVerbThatLostItsLockClosesNothing takes the lock's session away from a verb on a suspended tenant that has opened a login. Another node may
+// have resumed the tenant by the time that the verb ends.
 func TestAVerbThatLostItsLockClosesNothing(t *testing.T) {
 	t.Parallel()
 	f, tn, acme, _ := twoTenants(t, tenancy.Config{})
@@ -421,32 +421,41 @@ func TestAVerbThatLostItsLockClosesNothing(t *testing.T) {
 	if err := c.Suspend(t.Context(), acme.ID, tenancy.Suspension{}); err != nil {
 		t.Fatal(err)
 	}
-	blocker, err := f.Admin(t, "primary").Begin(t.Context())
-	if err != nil {
-		t.Fatal(err)
+	for name, verb := range map[string]struct {
+		do     func() error
+		opened string // the login
+	}{
+		"rotation": {func() error { return c.RotatePassword(t.Context(), acme.ID) }, `SELECT next_login FROM tenancy.data_sources WHERE next_login <> ''`},
+		"switch": {func() error { return c.SetDataSource(t.Context(), acme.ID, sourceOf(t, tn, acme.ID)) }, // the place that it is in
+			`SELECT login FROM tenancy.data_sources d JOIN tenancy.tenants t ON t.data_source = d.id WHERE t.name = 'acme'`},
+	} {
+		blocker, err := f.Admin(t, "primary").Begin(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := blocker.Exec(t.Context(), `SELECT FROM tenancy.epoch FOR UPDATE`); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- verb.do() }()
+		until(t, 10*time.Second, "1", func() string { return waiting(t, primary, "tenancy") })
+		must(t, primary, `SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`)
+		if err := <-ended; err == nil {
+			t.Errorf("a %s without its lock succeeded", name)
+		}
+		if err := blocker.Rollback(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		wantOpen(t, admin, scan[string](t, primary, verb.opened))
+		if scan[bool](t, primary, `SELECT fenced IS NOT NULL FROM tenancy.tenants WHERE id = $1`, acme.ID) {
+			t.Errorf("%s: the primary says that the tenant is fenced: the validity job will not look at it", name)
+		}
+		age(t, f)
+		if err := tn.Refresh(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		wantOneLogin(t, f, tn, acme.ID, false)
 	}
-	if _, err := blocker.Exec(t.Context(), `SELECT FROM tenancy.epoch FOR UPDATE`); err != nil {
-		t.Fatal(err)
-	}
-	rotated := make(chan error, 1)
-	go func() { rotated <- c.RotatePassword(t.Context(), acme.ID) }()
-	until(t, 10*time.Second, "1", func() string { return waiting(t, primary, "tenancy") })
-	must(t, primary, `SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`)
-	if err := <-rotated; err == nil {
-		t.Error("a rotation without its lock succeeded")
-	}
-	if err := blocker.Rollback(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	wantOpen(t, admin, scan[string](t, primary, `SELECT next_login FROM tenancy.data_sources WHERE next_login <> ''`))
-	if scan[bool](t, primary, `SELECT fenced IS NOT NULL FROM tenancy.tenants WHERE id = $1`, acme.ID) {
-		t.Error("the primary says that the tenant is fenced: the validity job will not look at it")
-	}
-	age(t, f)
-	if err := tn.Refresh(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	wantOneLogin(t, f, tn, acme.ID, false)
 }
 
 // TestAServerThatFreezesHoldsNoCleanUpForEver freezes it when a rotation of a suspended tenant, which has failed, closes its logins again.

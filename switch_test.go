@@ -40,6 +40,7 @@ func killings() int {
 // load is work on tenants that goes on until it is stopped. Every failure counts.
 type load struct {
 	t      *testing.T
+	each   func(ctx context.Context, db *tenancy.TenantAwareDB, name string, turn int) (written int, err error)
 	stop   chan struct{}
 	wg     sync.WaitGroup
 	calls  atomic.Int64
@@ -52,7 +53,13 @@ type load struct {
 // startLoad has workers on each node work on each tenant.
 func startLoad(t *testing.T, workers int, tenants []tenancy.Tenant, nodes ...*tenancy.Tenancy) *load {
 	t.Helper()
-	l := &load{t: t, stop: make(chan struct{}), writes: map[string]*atomic.Int64{}}
+	return startLoadOf(t, plainCall, workers, tenants, nodes...)
+}
+
+// startLoadOf is startLoad with calls of another kind, each of which answers how many rows it has written.
+func startLoadOf(t *testing.T, each func(ctx context.Context, db *tenancy.TenantAwareDB, name string, turn int) (written int, err error), workers int, tenants []tenancy.Tenant, nodes ...*tenancy.Tenancy) *load {
+	t.Helper()
+	l := &load{t: t, each: each, stop: make(chan struct{}), writes: map[string]*atomic.Int64{}}
 	t.Cleanup(l.end)
 	for _, tenant := range tenants {
 		l.writes[tenant.Name] = new(atomic.Int64)
@@ -75,39 +82,13 @@ func startLoad(t *testing.T, workers int, tenants []tenancy.Tenant, nodes ...*te
 }
 
 func (l *load) work(ctx context.Context, db *tenancy.TenantAwareDB, name string, turn int) {
-	const insert = `INSERT INTO notes (tenant, title) VALUES ($1, $2)`
 	for ; ; turn++ {
 		select {
 		case <-l.stop:
 			return
 		default:
 		}
-		var err error
-		written := 0
-		switch turn % 3 {
-		case 0:
-			written = 1
-			_, err = db.Exec(ctx, insert, name, "alone")
-		case 1:
-			rows, _ := db.Query(ctx, `SELECT tenant FROM notes ORDER BY id DESC LIMIT 5`)
-			var found []string
-			found, err = pgx.CollectRows(rows, pgx.RowTo[string])
-			for _, f := range found {
-				if f != name {
-					err = fmt.Errorf("%s reads a row of %s", name, f)
-				}
-			}
-		case 2:
-			written = 2
-			err = db.InTx(ctx, pgx.TxOptions{}, func(ctx context.Context, tx pgx.Tx) error {
-				for range 2 {
-					if _, err := tx.Exec(ctx, insert, name, "pair"); err != nil {
-						return err
-					}
-				}
-				return nil
-			})
-		}
+		written, err := l.each(ctx, db, name, turn)
 		if ctx.Err() != nil { // the test has failed elsewhere
 			return
 		}
@@ -117,9 +98,37 @@ func (l *load) work(ctx context.Context, db *tenancy.TenantAwareDB, name string,
 			continue
 		}
 		l.mu.Lock()
-		l.failed = append(l.failed, fmt.Sprintf("%s, %d: %v", name, turn%3, err))
+		l.failed = append(l.failed, fmt.Sprintf("%s, %d: %v", name, turn, err))
 		l.mu.Unlock()
 	}
+}
+
+const writeNote = `INSERT INTO notes (tenant, title) VALUES ($1, $2)`
+
+// plainCall is a statement, a query or a transaction.
+func plainCall(ctx context.Context, db *tenancy.TenantAwareDB, name string, turn int) (written int, err error) {
+	switch turn % 3 {
+	case 0:
+		_, err = db.Exec(ctx, writeNote, name, "alone")
+		return 1, err
+	case 1:
+		rows, _ := db.Query(ctx, `SELECT tenant FROM notes ORDER BY id DESC LIMIT 5`)
+		found, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		for _, f := range found {
+			if f != name {
+				err = fmt.Errorf("%s reads a row of %s", name, f)
+			}
+		}
+		return 0, err
+	}
+	return 2, db.InTx(ctx, pgx.TxOptions{}, func(ctx context.Context, tx pgx.Tx) error {
+		for range 2 {
+			if _, err := tx.Exec(ctx, writeNote, name, "pair"); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // end stops the work. It may be called again.

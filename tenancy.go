@@ -96,6 +96,7 @@ type Tenancy struct {
 	provisions chan struct{} // a slot for each tenant that may be made at once
 	areas      chan struct{} // held by the verb that works as the owner of a shared schema
 	closing    atomic.Bool   // no new sessions
+	leaveTime  time.Duration // for closing what was left, the drain apart
 
 	mu         sync.Mutex // guards the fields below
 	followers  []follower
@@ -156,7 +157,7 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 	if err != nil {
 		return nil, err
 	}
-	tn := &Tenancy{cfg: cfg, realm: primary.realm, primary: primary, servers: servers, migrations: m, provisions: make(chan struct{}, cfg.Limits.Provisions), areas: make(chan struct{}, 1)}
+	tn := &Tenancy{cfg: cfg, realm: primary.realm, primary: primary, servers: servers, migrations: m, provisions: make(chan struct{}, cfg.Limits.Provisions), areas: make(chan struct{}, 1), leaveTime: finishTimeout}
 	tn.catalog = &Catalog{tn}
 	tn.db, tn.host = &TenantAwareDB{tn: tn}, &TenantAwareDB{tn: tn, host: true}
 	tn.managers = make(map[UserKey]bool, len(cfg.HostManagers))
