@@ -248,13 +248,12 @@ func (c *Catalog) finishDense(ctx context.Context) error {
 	if err != nil {
 		return unavailable("validity", err)
 	}
-	var errs []error
-	for _, u := range list {
+	return eachInTime(ctx, list, func(u unfinished) error {
 		if err := c.finishDenseLogin(ctx, u.Server, u.Isolation); err != nil {
-			errs = append(errs, &Error{Op: "finish shared login", Err: err})
+			return &Error{Op: "finish shared login", Err: err}
 		}
-	}
-	return errors.Join(errs...)
+		return nil
+	})
 }
 
 func (c *Catalog) finishDenseLogin(ctx context.Context, server int64, isolation Isolation) error {
