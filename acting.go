@@ -136,12 +136,12 @@ func (c *Catalog) endLeftMemberships(ctx context.Context) error {
 	if err != nil {
 		return unavailable("validity", err)
 	}
-	for _, s := range list {
+	return eachInTime(ctx, list, func(s server) error {
 		if err := c.endLeftAt(ctx, s.ID, s.Provisioner); err != nil && ctx.Err() == nil { // a server that is down has its own alarms
 			c.tn.cfg.Logger.Debug("tenancy: memberships of the provisioner's were not looked for; the next run does", "server", s.ID, "error", err)
 		}
-	}
-	return nil
+		return nil
+	})
 }
 
 func (c *Catalog) endLeftAt(ctx context.Context, server int64, sealed []byte) error {

@@ -34,7 +34,7 @@ func (c *Catalog) RotateDense(ctx context.Context, server string) error {
 	} else if err != nil {
 		return fail(unavailable(opRotateDense, err))
 	}
-	ctx, release, err := c.tn.primary.lock(ctx, 0, denseLock, id)
+	ctx, release, err := c.tn.primary.await(ctx, lockOf{"dense", id}, func() {}, func() (context.Context, func(), error) { return c.tn.primary.lock(ctx, 0, tryDense, id) })
 	if err != nil {
 		return fail(err)
 	}
@@ -59,6 +59,8 @@ func (c *Catalog) RotateDense(ctx context.Context, server string) error {
 
 // denseLock is held by whoever gives logins of a server's shared pools roles, or other logins. It comes after a tenant's lock.
 const denseLock = `SELECT pg_advisory_lock(hashtextextended('tenancy dense ' || $1::bigint, 0))::text IS NOT NULL`
+
+const tryDense = `SELECT pg_try_advisory_lock(hashtextextended('tenancy dense ' || $1::bigint, 0))`
 
 // lockDense is that lock for who has a tenant's, with the last of a verb's connections, as lockArea.
 func (c *Catalog) lockDense(ctx context.Context, p *place) (held context.Context, release func(), err error) {
@@ -248,19 +250,18 @@ func (c *Catalog) finishDense(ctx context.Context) error {
 	if err != nil {
 		return unavailable("validity", err)
 	}
-	var errs []error
-	for _, u := range list {
+	return eachInTime(ctx, list, func(u unfinished) error {
 		if err := c.finishDenseLogin(ctx, u.Server, u.Isolation); err != nil {
-			errs = append(errs, &Error{Op: "finish shared login", Err: err})
+			return &Error{Op: "finish shared login", Err: err}
 		}
-	}
-	return errors.Join(errs...)
+		return nil
+	})
 }
 
 func (c *Catalog) finishDenseLogin(ctx context.Context, server int64, isolation Isolation) error {
 	ctx, cancel := context.WithTimeout(ctx, c.tn.cfg.DrainTimeout+finishTimeout)
 	defer cancel()
-	ctx, release, err := c.tn.primary.lock(ctx, 0, `SELECT pg_try_advisory_lock(hashtextextended('tenancy dense ' || $1::bigint, 0))`, server)
+	ctx, release, err := c.tn.primary.lock(ctx, 0, tryDense, server)
 	if errors.Is(err, errLocked) {
 		return nil
 	} else if err != nil {

@@ -67,8 +67,8 @@ type Config struct {
 	// NodeAddress is where the callers of this node's tenants are sent by nodes that do not serve them, such as
 	// "10.0.0.7:8080". It is shown to callers. Default: none, and this node is not named.
 	NodeAddress string
-	// ValidityCron is when the validity job re-reads what this node holds: five cron fields or
-	// "@every 10m". No zone prefix: fields are in UTC. Default: "@every 10m".
+	// ValidityCron is when the validity job re-reads what this node holds and finishes what a process that died has left: five cron fields or
+	// "@every 10m". The latter it does soon after Open, too. No zone prefix: fields are in UTC. Default: "@every 10m".
 	ValidityCron string
 	// Lookups bounds the caches of the request path.
 	Lookups LookupConfig
@@ -143,7 +143,7 @@ type LookupConfig struct {
 	// StoreTTL is how long an answer of Config.Store is believed. Default: 5 s. From 100 ms to 1 h.
 	StoreTTL time.Duration
 	// PollPeriod is how often the change feed is read without a notification. Default: 1 s.
-	// From 100 ms to 10 s.
+	// From 100 ms to 4 s: who closes a login waits 5 s for a node to hear of it.
 	PollPeriod time.Duration
 	// Timeout of one look-up in the primary. Default: 5 s.
 	Timeout time.Duration
@@ -350,7 +350,7 @@ func (c Config) validate() error {
 		within("Lookups.NegativeTTL", l.NegativeTTL, time.Millisecond, time.Hour),
 		within("Lookups.StaleGrace", l.StaleGrace, 5*time.Second, 24*time.Hour),
 		within("Lookups.StoreTTL", l.StoreTTL, 100*time.Millisecond, time.Hour),
-		within("Lookups.PollPeriod", l.PollPeriod, 100*time.Millisecond, 10*time.Second),
+		within("Lookups.PollPeriod", l.PollPeriod, 100*time.Millisecond, slowestPoll),
 		within("Lookups.Timeout", l.Timeout, 10*time.Millisecond, time.Minute),
 		c.Limits.validate(),
 		within("DrainTimeout", c.DrainTimeout, time.Millisecond, time.Hour),

@@ -240,7 +240,7 @@ func TestWorkOfATenantOfASharedPoolEndsWithItsSuspension(t *testing.T) {
 func TestADeafNodeCannotWorkForASuspendedTenantOfASharedPool(t *testing.T) {
 	eachDense(t, func(t *testing.T, isolation tenancy.Isolation) {
 		f, tn, tenants := denseFleet(t, tenancy.Config{DrainTimeout: 200 * time.Millisecond, Limits: tenancy.Limits{Nodes: 2}}, isolation, "acme", "globex")
-		w, late := watchedNode(t, f, tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 10 * time.Second}, Limits: tenancy.Limits{DenseConns: 2}})
+		w, late := watchedNode(t, f, tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 4 * time.Second}, Limits: tenancy.Limits{DenseConns: 2}})
 		acme, globex := tenancytest.Context(t, late, "acme"), tenancytest.Context(t, late, "globex")
 		for range 4 {
 			for _, ctx := range []context.Context{globex, acme} {

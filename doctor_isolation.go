@@ -236,6 +236,10 @@ func checkMemberships(ctx context.Context, w *ward) error {
 		if p.isolation == IsolationSchema {
 			want(edge{group, p.owner}, true)
 		}
+		if p.isolation != IsolationShared { // while the login is rotated, the next one owns what it does
+			want(edge{p.source.User, p.nextLogin}, false)
+			want(edge{p.oldLogin, p.source.User}, false)
+		}
 		for _, name := range p.denseRoles() {
 			want(edge{p.runtime, name}, p.dense)
 			for _, l := range w.server.dense {

@@ -367,6 +367,43 @@ func wantFinding(t *testing.T, found []tenancy.Finding, check, says string, leve
 	}
 }
 
+// A rotation that was cut off leaves a login that is a member of another one: the library made it so, and finishes it.
+func TestDoctorFindsNothingWrongBesideAnUnfinishedRotation(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	f.AllowDatabases(t)
+	tn := f.Open(t, tenancy.Config{Migrations: noteMigrations, Isolation: tenancy.IsolationSchema})
+	var tenants []tenancy.Tenant
+	for _, isolation := range []tenancy.Isolation{tenancy.IsolationSchema, tenancy.IsolationDatabase, tenancy.IsolationShared} {
+		tenants = append(tenants, makeIn(t, tn, "acme-"+string(isolation), isolation))
+	}
+	globex := placeOf(t, f, makeIn(t, tn, "globex", tenancy.IsolationSchema).ID)
+	for step := 1; step < tenancy.RotationSteps(tn); step++ {
+		for _, acme := range tenants {
+			if err := tenancy.RotateUpTo(t.Context(), tn, acme.ID, step); err != nil {
+				t.Fatal(err)
+			}
+		}
+		found, err := tn.Doctor(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range found {
+			if f.Check == "membership" && f.Level > tenancy.LevelNote {
+				t.Errorf("after %d steps: %s", step, f)
+			}
+		}
+	}
+	// Others' memberships in a login are wrong as ever.
+	admin, acme := f.Admin(t, "tenants"), placeOf(t, f, tenants[0].ID)
+	must(t, admin, "GRANT "+acme.Login+" TO "+globex.Login)
+	found, err := tn.Doctor(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantFinding(t, found, "membership", globex.Login+" is a member of "+acme.Login, tenancy.LevelFailure)
+}
+
 // A node that is set up in another way than its servers, keys and fellows.
 func TestDoctorLooksAtTheNodeItself(t *testing.T) {
 	t.Parallel()

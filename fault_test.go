@@ -1277,7 +1277,7 @@ func (x *faulty) watched(cfg tenancy.Config) (*wire, *faulty) {
 func TestAPasswordChangedBehindOurBackIsOneQuestion(t *testing.T) {
 	t.Parallel()
 	setup := newFaulty(t, tenancy.Config{})
-	w, x := setup.watched(tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 10 * time.Second}, Limits: tenancy.Limits{PingTimeout: 50 * time.Millisecond}})
+	w, x := setup.watched(tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 4 * time.Second}, Limits: tenancy.Limits{PingTimeout: 50 * time.Millisecond}})
 	x.neighbourAtWork()
 	x.warm(1)
 	must(x, x.admin, `ALTER ROLE `+x.place.Login+` PASSWORD 'another'`)
@@ -1354,9 +1354,10 @@ func TestARefusedLoginLeavesOpenConnectionsInUse(t *testing.T) {
 func TestANewPasswordIsReadWhenTheOldOneIsRefused(t *testing.T) {
 	t.Parallel()
 	setup := newFaulty(t, tenancy.Config{})
-	w, x := setup.watched(tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 10 * time.Second}})
+	w, x := setup.watched(tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 4 * time.Second}})
 	x.neighbourAtWork()
 	x.warm(1)
+	defer w.hold("changes")() // nor does its poll tell it
 	must(x, x.admin, `ALTER ROLE `+x.place.Login+` PASSWORD 'another'`)
 	d, err := setup.tn.Catalog().DataSource(t.Context(), x.acme.ID)
 	if err != nil {

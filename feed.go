@@ -45,9 +45,10 @@ type follower interface {
 }
 
 const (
-	changesAtOnce = 1000            // more than these are not applied one by one
-	reportPeriod  = time.Second / 2 // the least time between two reports without news: each tick of the default poll brings one
-	nodeSilence   = 5 * time.Second // a node that has been silent for so long is not waited for
+	changesAtOnce = 1000                      // more than these are not applied one by one
+	reportPeriod  = time.Second / 2           // the least time between two reports without news: each tick of the default poll brings one
+	nodeSilence   = 5 * time.Second           // a node that has been silent for so long is not waited for
+	slowestPoll   = nodeSilence - time.Second // or a node that lives could be silent for so long, or be told too late
 	listenPing    = 5 * time.Second
 	syncTimeout   = 3 * time.Second // of one reading and its application; others wait for it
 )

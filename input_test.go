@@ -116,7 +116,7 @@ func TestWrongSettingsAreRefusedAtOpen(t *testing.T) {
 		`Config.Isolation: "dense"`:                     func(c *tenancy.Config) { c.Isolation = "dense" },
 		"Config.Lookups.Size is -1: at least 1":         func(c *tenancy.Config) { c.Lookups.Size = -1 },
 		"Config.Lookups.StaleGrace is 1s: from 5s":      func(c *tenancy.Config) { c.Lookups.StaleGrace = time.Second },
-		"Config.Lookups.PollPeriod is 1m0s":             func(c *tenancy.Config) { c.Lookups.PollPeriod = time.Minute },
+		"Config.Lookups.PollPeriod is 5s: from 100ms":   func(c *tenancy.Config) { c.Lookups.PollPeriod = 5 * time.Second },
 		"Config.Limits.PrimaryConns is 2: at least 3":   func(c *tenancy.Config) { c.Limits.PrimaryConns = 2 },
 		"Config.Limits.TenantConns is -4":               func(c *tenancy.Config) { c.Limits.TenantConns = -4 },
 		"Config.DrainTimeout is -1s":                    func(c *tenancy.Config) { c.DrainTimeout = -time.Second },

@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -22,6 +23,7 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 	}
+	tenancy.SetSoonAfterOpen(24 * time.Hour) // tests make loose ends to look at them
 	tenancytest.Main(leakChecked{m})
 }
 

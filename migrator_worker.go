@@ -8,7 +8,7 @@ import (
 )
 
 // worker is what one of a run's workers keeps from one tenant to the next: a session for the tenants' locks, and one of a server's provisioner. It holds neither while it waits for
-// its turn among the verbs of this node. The zero value has none yet, and nil is who works for one tenant only. It is one goroutine's.
+// its turn among the verbs of this node, or for a tenant's lock. The zero value has none yet, and nil is who works for one tenant only. It is one goroutine's.
 type worker struct {
 	locks       *pgx.Conn
 	provisioner *pgx.Conn
@@ -23,6 +23,10 @@ func (w *worker) lockTenant(ctx context.Context, p *primaryDB, id ID) (held cont
 	if ctx, err = begin(ctx); err != nil {
 		return nil, nil, err
 	}
+	return p.await(ctx, tenantLock(id), w.close, func() (context.Context, func(), error) { return w.tryLockTenant(ctx, p, id) })
+}
+
+func (w *worker) tryLockTenant(ctx context.Context, p *primaryDB, id ID) (held context.Context, release func(), err error) {
 	done, err := w.turn(ctx, p)
 	if err != nil {
 		return nil, nil, err
@@ -35,12 +39,12 @@ func (w *worker) lockTenant(ctx context.Context, p *primaryDB, id ID) (held cont
 			return nil, nil, unavailable("lock", err)
 		}
 	}
-	held, release, err = p.holdOn(ctx, w.locks, id, takeTenant, id, func() {
+	held, release, err = p.holdOn(ctx, w.locks, id, tryTenant, id, func() {
 		w.unlock()
 		done()
 	})
 	if err != nil && kept && w.locks == nil && ctx.Err() == nil { // it had ended since the tenant before, and nothing was locked
-		return w.lockTenant(ctx, p, id)
+		return w.tryLockTenant(ctx, p, id)
 	}
 	return held, release, err
 }

@@ -23,6 +23,7 @@ type primaryDB struct {
 	listen *pgx.ConnConfig // the feed's, past any pooler
 	direct *pgx.ConnConfig // for what is done one by one, past any pooler
 	verbs  chan struct{}   // a slot for each verb that may hold connections
+	turns  turns           // before the slots
 	keys   Keyring
 	realm  realm
 }
@@ -332,14 +333,19 @@ func audit(ctx context.Context, tx pgx.Tx, action string, tenant ID, detail map[
 //
 // The returned context ends when the lock is lost: what goes on then could meet another node's work on the same tenant.
 func (p *primaryDB) lockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
-	return p.lock(ctx, id, takeTenant, id)
+	if ctx, err = begin(ctx); err != nil {
+		return nil, nil, err
+	}
+	return p.await(ctx, tenantLock(id), func() {}, func() (context.Context, func(), error) { return p.tryLockTenant(ctx, id) })
 }
 
-const takeTenant = `SELECT pg_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))::text IS NOT NULL`
+func tenantLock(id ID) lockOf { return lockOf{"tenant", int64(id)} }
+
+const tryTenant = `SELECT pg_try_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`
 
 // tryLockTenant is lockTenant for who has other things to do: it is errLocked at once when a verb has the lock.
 func (p *primaryDB) tryLockTenant(ctx context.Context, id ID) (held context.Context, release func(), err error) {
-	return p.lock(ctx, id, `SELECT pg_try_advisory_lock(hashtextextended('tenancy tenant ' || $1::bigint, 0))`, id)
+	return p.lock(ctx, id, tryTenant, id)
 }
 
 // tryLockUID is tryLockTenant for a UID that is to be a tenant's.
@@ -349,7 +355,7 @@ func (p *primaryDB) tryLockUID(ctx context.Context, uid UID) (held context.Conte
 
 var errLocked = hinted(ErrInProgress, "another verb is at work on the tenant")
 
-// lock runs take on a connection of its own, which answers whether the lock was free.
+// lock runs take on a connection of its own, which answers at once whether the lock was free.
 func (p *primaryDB) lock(ctx context.Context, id ID, take string, key any) (held context.Context, release func(), err error) {
 	if ctx, err = begin(ctx); err != nil {
 		return nil, nil, err
@@ -383,7 +389,7 @@ func (p *primaryDB) holdOn(ctx context.Context, conn *pgx.Conn, id ID, take stri
 		case err == nil:
 			return nil, nil, errLocked
 		case ctx.Err() != nil:
-			return nil, nil, fmt.Errorf("%w: its lock was not free in time: %w", ErrInProgress, ctx.Err())
+			return nil, nil, fmt.Errorf("%w: a lock that it needs was not free in time: %w", ErrInProgress, ctx.Err())
 		}
 		return nil, nil, unavailable("lock", err)
 	}
@@ -428,7 +434,7 @@ func (p *primaryDB) verb(ctx context.Context) (done func(), err error) {
 	case p.verbs <- struct{}{}:
 		return func() { <-p.verbs }, nil
 	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: as many verbs are at work as this node's budget of connections allows: %w", ErrInProgress, ctx.Err())
+		return nil, fmt.Errorf("%w: as many verbs are at work as this node's budget allows (Limits.ServerConns): %w", ErrBusy, ctx.Err())
 	}
 }
 

@@ -143,11 +143,13 @@ func connectProvisioner(ctx context.Context, servers *servers, d DataSource) (*p
 	cc.RuntimeParams["application_name"] = "tenancy provisioner"
 	cc.RuntimeParams["lock_timeout"] = strconv.FormatInt(lockTimeout.Milliseconds(), 10)
 	servers.single(cc)
-	conn, err := pgx.ConnectConfig(ctx, cc)
-	if err != nil {
-		return nil, fmt.Errorf("provisioner at %s: %w", d.Address(), connectError(err))
-	}
-	return conn, nil
+	return unlessSilent(ctx, serverKey(cc.Host, cc.Port), func() (*pgx.Conn, error) {
+		conn, err := pgx.ConnectConfig(ctx, cc)
+		if err != nil {
+			return nil, fmt.Errorf("provisioner at %s: %w", d.Address(), connectError(err))
+		}
+		return conn, nil
+	})
 }
 
 // make brings the place into being. Each step looks before it acts, so that a run that died

@@ -522,7 +522,7 @@ func TestACallThatIsIdleIsInFlight(t *testing.T) {
 func TestANodeThatHearsLateIsWaitedFor(t *testing.T) {
 	t.Parallel()
 	f, tn, acme, _ := twoTenants(t, tenancy.Config{DrainTimeout: 200 * time.Millisecond, Limits: tenancy.Limits{Nodes: 2}})
-	w, late := watchedNode(t, f, tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 2 * time.Second}})
+	w, late := watchedNode(t, f, tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 4 * time.Second}}) // the slowest that there is
 	w.deafen()
 	verbs := leavers(t, tn, acme.ID, prepare(t, tn, acme.ID, ""))
 	l := startLoad(t, 2, []tenancy.Tenant{acme}, late)

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -18,7 +20,11 @@ const (
 	keepChanges    = 10_000
 )
 
-// startJob runs check at the times of Config.ValidityCron, until endJob.
+// soonAfterOpen is when a node ties up loose ends for the first time, up to half of it earlier, so that nodes which are deployed together do not do it together:
+// where they are deployed often, none may live until ValidityCron. A node that ended before Open has left nothing that is not old enough by then. Tests set it.
+var soonAfterOpen = time.Minute
+
+// startJob runs check at the times of Config.ValidityCron, and finish once before, until endJob.
 func (f *feed) startJob() error {
 	schedule, err := parseCron(f.tn.cfg.ValidityCron)
 	if err != nil {
@@ -28,14 +34,28 @@ func (f *feed) startJob() error {
 	logger := cronLogger{f.log}
 	jobs := cron.New(cron.WithLocation(time.UTC), cron.WithLogger(logger),
 		cron.WithChain(cron.SkipIfStillRunning(logger), cron.Recover(logger)))
-	jobs.Schedule(schedule, cron.FuncJob(func() {
-		if err := f.check(f.ctx); err != nil && f.ctx.Err() == nil {
-			f.log.Error("tenancy: validity job failed; the next run tries again", "error", err)
+	run := func(job func(ctx context.Context) error) cron.FuncJob {
+		return func() {
+			if err := job(f.ctx); err != nil && f.ctx.Err() == nil {
+				f.log.Error("tenancy: validity job failed; the next run tries again", "error", err)
+			}
 		}
-	}))
+	}
+	jobs.Schedule(schedule, run(f.check))
+	jobs.Schedule(once(time.Now().Add(soonAfterOpen-rand.N(soonAfterOpen/2))), run(f.finish))
 	jobs.Start()
 	f.endJob = func() { <-jobs.Stop().Done() }
 	return nil
+}
+
+// once is a schedule that fires at one time.
+type once time.Time
+
+func (o once) Next(now time.Time) time.Time {
+	if at := time.Time(o); now.Before(at) {
+		return at
+	}
+	return time.Time{} // never
 }
 
 // check is the validity job: this node re-reads what it holds, and the fleet's loose ends are tied up.
@@ -55,8 +75,67 @@ func (f *feed) check(ctx context.Context) error {
 	if _, err := pool.Exec(ctx, `DELETE FROM tenancy.nodes WHERE seen < now() - interval '1 hour'`); err != nil {
 		return unavailable("validity", err)
 	}
-	c := f.tn.catalog
-	return errors.Join(c.finishFences(ctx), c.finishPlaces(ctx), c.finishDense(ctx), c.finishPurges(ctx), c.dropUnfinishedPlaces(ctx), c.endLeftMemberships(ctx), c.finishCreates(ctx), c.fillStock(ctx))
+	return f.finish(ctx)
+}
+
+// finish ties up the fleet's loose ends. Each kind has its share of the time that is left.
+func (f *feed) finish(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, validityBudget)
+	defer cancel()
+	c, run := f.tn.catalog, &jobRun{silent: map[string]error{}}
+	ctx = context.WithValue(ctx, runKey{}, run)
+	end, _ := ctx.Deadline()
+	kinds := []func(context.Context) error{c.finishFences, c.finishPlaces, c.finishDense, c.finishPurges, c.dropUnfinishedPlaces, c.endLeftMemberships, c.finishCreates, c.fillStock}
+	var errs []error
+	for i, kind := range kinds {
+		run.until = time.Now().Add(time.Until(end) / time.Duration(len(kinds)-i))
+		errs = append(errs, kind(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+// jobRun is what one run of the validity job knows. A server that does not answer, or work that takes its time, keeps it from no other work.
+type jobRun struct {
+	until time.Time // nothing more of the present kind is begun then
+
+	mu     sync.Mutex       // guards silent
+	silent map[string]error // servers, by address, that could not be reached in this run
+}
+
+type runKey struct{}
+
+// eachInTime calls finish for what there is to do, as long as the run has time for it. What is left is the next run's.
+func eachInTime[T any](ctx context.Context, list []T, finish func(T) error) error {
+	run := ctx.Value(runKey{}).(*jobRun)
+	var errs []error
+	for _, one := range list {
+		if !time.Now().Before(run.until) {
+			break
+		}
+		errs = append(errs, finish(one))
+	}
+	return errors.Join(errs...)
+}
+
+// unlessSilent connects to the server at address, but in a run of the validity job only if no connect of the run was in vain: each would wait for as long.
+func unlessSilent(ctx context.Context, address string, connect func() (*pgx.Conn, error)) (*pgx.Conn, error) {
+	run, _ := ctx.Value(runKey{}).(*jobRun)
+	if run == nil {
+		return connect()
+	}
+	run.mu.Lock()
+	err := run.silent[address]
+	run.mu.Unlock()
+	if err != nil {
+		return nil, fmt.Errorf("it is not asked again in this run: %w", err)
+	}
+	conn, err := connect()
+	if silent(err) && ctx.Err() == nil && !errors.Is(err, ErrBusy) { // the budget's want of permits is no server's silence
+		run.mu.Lock()
+		run.silent[address] = err
+		run.mu.Unlock()
+	}
+	return conn, err
 }
 
 // oursToFinish is the condition on a tenant t for a job of this node's: it serves the tenant, or nobody does. $1 are Config.serves, null for all.
@@ -72,11 +151,7 @@ func (c *Catalog) finishFences(ctx context.Context) error {
 	if err != nil {
 		return unavailable("validity", err)
 	}
-	var errs []error
-	for _, id := range ids {
-		errs = append(errs, c.finishFence(ctx, id))
-	}
-	return errors.Join(errs...)
+	return eachInTime(ctx, ids, func(id ID) error { return c.finishFence(ctx, id) })
 }
 
 func (c *Catalog) finishFence(ctx context.Context, id ID) error {
@@ -113,11 +188,7 @@ func (c *Catalog) finishCreates(ctx context.Context) error {
 	if err != nil {
 		return unavailable("validity", err)
 	}
-	var errs []error
-	for _, id := range ids {
-		errs = append(errs, c.finishCreate(ctx, id))
-	}
-	return errors.Join(errs...)
+	return eachInTime(ctx, ids, func(id ID) error { return c.finishCreate(ctx, id) })
 }
 
 func (c *Catalog) finishCreate(ctx context.Context, id ID) error {
@@ -148,13 +219,7 @@ func (c *Catalog) finishPurges(ctx context.Context) error {
 	if err != nil {
 		return unavailable("validity", err)
 	}
-	var errs []error
-	for _, b := range list {
-		if err := c.finishPurge(ctx, b.Tenant, b.Name); err != nil {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
+	return eachInTime(ctx, list, func(b begun) error { return c.finishPurge(ctx, b.Tenant, b.Name) })
 }
 
 // finishPurge is Purge that waits for nobody who is at work on the tenant.
@@ -201,13 +266,12 @@ func (c *Catalog) finishPlaces(ctx context.Context) error {
 	if err != nil {
 		return unavailable("validity", err)
 	}
-	var errs []error
-	for _, u := range list {
+	return eachInTime(ctx, list, func(u unfinished) error {
 		if err := c.finishPlace(ctx, u.Tenant, u.Place); err != nil {
-			errs = append(errs, &Error{Op: "finish place", Tenant: u.Tenant, Err: err})
+			return &Error{Op: "finish place", Tenant: u.Tenant, Err: err}
 		}
-	}
-	return errors.Join(errs...)
+		return nil
+	})
 }
 
 func (c *Catalog) finishPlace(ctx context.Context, id ID, source int64) error {
@@ -247,16 +311,12 @@ func (c *Catalog) dropUnfinishedPlaces(ctx context.Context) error {
 	rows, _ := c.tn.primary.pool.Query(ctx, `SELECT d.id FROM tenancy.data_sources d JOIN tenancy.servers s ON s.id = d.server
 		WHERE d.state = 'intent' AND s.provisioner IS NOT NULL AND d.updated < now() - interval '1 hour'
 		AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.data_source = d.id)
-		AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.uid = d.uid AND NOT `+oursToFinish+`) LIMIT 100`, c.tn.cfg.serves())
+		AND NOT EXISTS (SELECT FROM tenancy.tenants t WHERE t.uid = d.uid AND NOT `+oursToFinish+`) ORDER BY random() LIMIT 100`, c.tn.cfg.serves())
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[int64])
 	if err != nil {
 		return unavailable("validity", err)
 	}
-	var errs []error
-	for _, id := range ids {
-		errs = append(errs, c.dropUnfinishedPlace(ctx, id))
-	}
-	return errors.Join(errs...)
+	return eachInTime(ctx, ids, func(id int64) error { return c.dropUnfinishedPlace(ctx, id) })
 }
 
 func (c *Catalog) dropUnfinishedPlace(ctx context.Context, id int64) error {
