@@ -144,7 +144,7 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 	if _, known := m.find(cfg.MinVersion); cfg.MinVersion > 0 && !known {
 		return nil, invalid(fmt.Errorf("Config.MinVersion is %d: Config.Migrations has no migration of that version; the newest is %d", cfg.MinVersion, m.newest()))
 	}
-	servers := newServers(cfg.Limits)
+	servers := newServers(cfg)
 	host, err := hostConfig(cfg, servers)
 	if err != nil {
 		return nil, err
