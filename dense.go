@@ -208,6 +208,9 @@ func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) (err error) {
 		}
 	default:
 	}
+	if err := ctx.Err(); err != nil { // it does not even begin to wait
+		return err
+	}
 	if n := b.waiting.Add(1); int(n) > c.pool.limits.TenantWaiters {
 		b.waiting.Add(-1)
 		b.refused.Add(1)
