@@ -31,25 +31,24 @@ func (tn *Tenancy) Stats() iter.Seq2[ID, TenantStats] {
 		more := true
 		tn.pools.Each(func(id ID, generation int64, p *tenantPool, _ int) {
 			if more {
-				more = yield(id, p.stats())
+				s := p.stats()
+				s.Server, s.Canceled = p.server.address, p.canceled.Load()
+				more = yield(id, s)
 			}
 		})
 	}
 }
 
-func (p *tenantPool) stats() (s TenantStats) {
+func (p *tenantPool) stats() TenantStats {
 	if p.dense != nil {
-		s = p.denseStats()
-	} else {
-		u := p.account.Usage()
-		s = TenantStats{
-			Name: p.tenant.Name, Generation: p.tenant.Generation,
-			Conns: u.Conns, Busy: u.Busy, Waiting: u.Waiting, Breaker: p.breaker.state(),
-			Waits: u.Waits, WaitTime: u.Waited, Starved: u.Starved, Refused: u.Refused,
-		}
+		return p.denseStats()
 	}
-	s.Server, s.Canceled = p.server.address, p.canceled.Load()
-	return s
+	u := p.account.Usage()
+	return TenantStats{
+		Name: p.tenant.Name, Generation: p.tenant.Generation,
+		Conns: u.Conns, Busy: u.Busy, Waiting: u.Waiting, Breaker: p.breaker.state(),
+		Waits: u.Waits, WaitTime: u.Waited, Starved: u.Starved, Refused: u.Refused,
+	}
 }
 
 // ServerStats is this node's budget of one server at one moment, and what has happened there since Open: those counts never fall, whichever pools come and go.
@@ -59,7 +58,7 @@ type ServerStats struct {
 	Own     int    // of them, set aside for the library's own pools and their cancel requests; 0 where they do not lead
 	OwnUsed int    // of those, open
 	Shared  int    // of Budget, for tenants and the verbs of the catalog
-	Tenants int    // of Shared, the most that tenants can have now: 3 are kept for verbs, or more are theirs. The last tenth of it is for tenants below Limits.TenantFloor alone
+	Tenants int    // of Shared, what tenants can have now: all but what verbs have, and but 3 in any case. The last tenth is for tenants below Limits.TenantFloor alone
 	Used    int    // of Shared, open, being opened, or being closed and not yet let go by the server
 	Closing int    // of those, the last
 	Hungry  int    // tenants, and verbs, that wait for a connection of the budget

@@ -3,7 +3,10 @@ package tenancy_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net/url"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -178,4 +181,68 @@ func TestFiguresOfAServerTellThatItsBudgetIsUsedUp(t *testing.T) {
 	if _, its := serverStats(t, tn, globex.ID); s.Starved != 1 || its.Starved != 1 || s.Used != s.Tenants || s.Canceled != 1 {
 		t.Errorf("%+v\n%+v", s, its)
 	}
+}
+
+// TestOperationsCountsConnectionsAsNodesDo opens the nodes of the worked example, and of the defaults.
+func TestOperationsCountsConnectionsAsNodesDo(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	server, err := url.Parse(f.ServerURL)
+	if err != nil {
+		t.Fatal("the server's URL cannot be parsed")
+	}
+	// figures are those of a node's budget of the tenants' server.
+	figures := func(cfg tenancy.Config) (s tenancy.ServerStats) {
+		t.Helper()
+		cfg.Keys = f.Keys
+		if cfg.PrimaryURL == "" {
+			cfg.PrimaryURL = f.PrimaryURL
+		}
+		tn, err := tenancy.Open(t.Context(), cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer tn.Close()
+		for s := range tn.Servers() {
+			if s.Address == server.Host {
+				return s
+			}
+		}
+		t.Fatalf("nothing is known of %s", server.Host)
+		return s
+	}
+	text, err := os.ReadFile("docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	limits := func(nodes int, primaryConns int32) tenancy.Limits {
+		return tenancy.Limits{ServerConns: 200 - 3 - 16 - 5, Nodes: nodes, PrimaryConns: primaryConns}
+	}
+	elsewhere := newStrait(t, f.PrimaryURL).url // another address, and so another server
+	host := f.PrimaryURL + map[bool]string{true: "&", false: "?"}[strings.Contains(f.PrimaryURL, "?")] + "pool_max_conns=4"
+	for row, cfg := range map[string]tenancy.Config{
+		"The primary is elsewhere":                                        {PrimaryURL: elsewhere, Limits: limits(4, 0)},
+		"The primary is on this server":                                   {Limits: limits(4, 0)},
+		"The same, `PrimaryConns` 3":                                      {Limits: limits(4, 3)},
+		"The same as the second, and a `HostURL` with `pool_max_conns=4`": {HostURL: host, Limits: limits(4, 0)},
+		"The same as the second, `Nodes` 5 for deployments":               {Limits: limits(5, 0)},
+	} {
+		s := figures(cfg)
+		want := fmt.Sprintf("| %s | %d | %d | %d", row, s.Own, s.Tenants, cfg.Limits.Nodes*s.Tenants)
+		if !strings.Contains(string(text), "\n"+want) {
+			t.Errorf("docs/operations.md does not say %q: %+v", want, s)
+		}
+	}
+
+	// What the comments of Limits and models.md say of the defaults.
+	for nodes, want := range map[int]int{1: 62, 3: 8} {
+		if s := figures(tenancy.Config{Limits: tenancy.Limits{Nodes: nodes}}); s.Tenants != want {
+			t.Errorf("the defaults with %d nodes leave tenants %d, want %d", nodes, s.Tenants, want)
+		}
+	}
+	if s := figures(tenancy.Config{PrimaryURL: elsewhere}); s.Tenants != 75 {
+		t.Errorf("the defaults with a primary elsewhere leave tenants %d, want 75", s.Tenants)
+	}
+	_, err = tenancy.Open(t.Context(), tenancy.Config{PrimaryURL: f.PrimaryURL, Keys: f.Keys, Limits: tenancy.Limits{Nodes: 4}})
+	wantError(t, err, tenancy.ErrInvalid, "own pools need 13")
 }

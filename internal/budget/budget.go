@@ -95,21 +95,22 @@ func NewServer(l Limits) *Server {
 // Snapshot is a server's budget at one moment.
 type Snapshot struct {
 	Limits
-	Used     int   // permits in use, of the shared part
-	Accounts int   // of the shared part, what all accounts together can have now
-	Closing  int   // of them, of connections that the server has not let go yet
-	OwnUsed  int   // permits in use, of the own part
-	Cancels  int   // cancel requests under way
-	Hungry   int   // accounts that wait for a permit
-	Evicted  int64 // idle connections that have made room, ever
+	Used    int   // permits in use, of the shared part
+	Closing int   // of them, of connections that the server has not let go yet
+	OwnUsed int   // permits in use, of the own part
+	Cancels int   // cancel requests under way
+	Hungry  int   // accounts that wait for a permit
+	Evicted int64 // idle connections that have made room, ever
+
+	Accounts int // of the shared part, what all accounts together can have now
 }
 
 // Snapshot returns where the budget stands.
 func (s *Server) Snapshot() Snapshot {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return Snapshot{Limits: s.limits, Used: s.used, Accounts: s.accountsLocked(), Closing: s.closing, OwnUsed: s.own, Cancels: len(s.cancels),
-		Hungry: s.poor.len() + s.rest.len() + len(s.works), Evicted: s.evicted}
+	return Snapshot{Limits: s.limits, Used: s.used, Closing: s.closing, OwnUsed: s.own, Cancels: len(s.cancels),
+		Hungry: s.poor.len() + s.rest.len() + len(s.works), Evicted: s.evicted, Accounts: s.accountsLocked()}
 }
 
 // mayGrowLocked says whether a permit is there for a.
@@ -117,7 +118,7 @@ func (s *Server) mayGrowLocked(a *Account) bool {
 	if len(s.works) > 0 {
 		return false
 	}
-	free := s.accountsLocked() - (s.used - s.working)
+	free := s.limits.Shared() - max(s.limits.Work, s.working) - (s.used - s.working)
 	if a.belowFloor() {
 		return free > 0
 	}
