@@ -107,8 +107,13 @@ func (p *tenantPool) enter(ctx context.Context, deadline time.Time, missed int) 
 			return err
 		}
 	}
+	if err := ctx.Err(); err != nil { // it does not even begin to wait
+		return err
+	}
 	err := p.account.Enter(ctx, deadline, missed)
 	switch {
+	case err != nil && err == ctx.Err():
+		return &leftLine{err}
 	case errors.Is(err, budget.ErrFull):
 		return hinted(ErrBusy, "%d calls wait for one of its connections already (Limits.TenantWaiters)", p.limits.TenantWaiters)
 	case errors.Is(err, budget.ErrTimeout):
@@ -116,6 +121,14 @@ func (p *tenantPool) enter(ctx context.Context, deadline time.Time, missed int) 
 	}
 	return err
 }
+
+// leftLine is the end of a call's ctx while the call waited for a connection. Nothing was sent.
+type leftLine struct{ ended error }
+
+func (l *leftLine) Error() string {
+	return l.ended.Error() + " while the call waited in line for a connection"
+}
+func (l *leftLine) Unwrap() error { return l.ended }
 
 // waitedInVain says why no connection came in time, and what to do about it.
 func (p *tenantPool) waitedInVain(err error) error {
@@ -260,7 +273,8 @@ func doom(conn *pgx.Conn) {
 
 // connect has the pool make a connection, for whoever waits for one.
 func (p *tenantPool) connect(making context.Context) (retry time.Duration, err error) {
-	err = p.breaker.do(func() error {
+	err = p.breaker.do(func() (err error) {
+		defer func() { p.server.attempted(err) }()
 		ctx, cancel := context.WithTimeout(making, 2*p.limits.ConnectTimeout) // to connect, and to prove
 		defer cancel()
 		conn, err := p.pool.Acquire(ctx)

@@ -51,6 +51,10 @@ func newBreaker(log *slog.Logger, t Tenant) *breaker {
 		},
 	})
 	b.log = func(outage bool, last error) {
+		if outage && isState(last, "28P01", "28000") {
+			log.Warn("tenancy: a server refuses a tenant's login; the tenant's calls are refused until it can log in", "tenant", t.ID, "name", t.Name, "error", last)
+			return
+		}
 		if outage {
 			log.Warn("tenancy: a tenant's database cannot be reached; its calls are refused until it can", "tenant", t.ID, "name", t.Name, "error", last)
 			return

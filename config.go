@@ -153,9 +153,14 @@ type LookupConfig struct {
 type Limits struct {
 	// ServerConns is the number of connections that all nodes together may have open at one server (a host and port), the library's own
 	// among them. A node has ServerConns/Nodes of them, which its tenants share: an idle connection makes room for one that
-	// is needed. Default: 80, for PostgreSQL's own default of 100. Give max_connections less what else connects.
+	// is needed. It is one number for all servers. Default: 80, for PostgreSQL's own default of 100. Give max_connections less what else connects: "How many
+	// connections" in docs/operations.md counts it out.
+	//
+	// Of a node's part 2 are for cancel requests and 3 are kept for verbs, and where the primary is on the same server PrimaryConns + 5 are for the library's own pools: with
+	// the defaults one node's tenants have 62. For several nodes the default is small: with 3 of them each has 8 for its tenants, and with 4 Open refuses it.
 	ServerConns int
-	// Nodes is the number of processes that are expected to run at once, those of a rolling deployment included. Default: 1.
+	// Nodes is the number of processes that are expected to run at once, those of a rolling deployment included. Each has ServerConns/Nodes, whether the others run or not, and
+	// nothing holds more processes back from taking as much: give each node the same number. Default: 1, for which several nodes open several times ServerConns.
 	Nodes int
 	// TenantConns is the most connections of one tenant on one node. Default: 4. At most 10,000. Logins are made with a CONNECTION LIMIT of twice
 	// Nodes times this, and keep it when these are raised, until Catalog.RotatePassword.

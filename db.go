@@ -429,6 +429,7 @@ func (db *TenantAwareDB) checkout(ctx context.Context, op string) (checkout, err
 		c, err = db.tn.acquireAnew(ctx, r, c.pool, err)
 	}
 	if err != nil {
+		c.pool.sentAway(err)
 		return checkout{}, db.tn.checkoutFailure(op, r.tenant, err)
 	}
 	return c, nil

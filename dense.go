@@ -76,7 +76,7 @@ func (tn *Tenancy) newDense(r *record) (*tenantPool, error) {
 	b.bind = denseMark(b.role) + "SET ROLE " + ident.Quote(b.role)
 	b.want = tn.identity(r.tenant.UID, r.source)
 	b.want.user, b.want.question = b.role, boundQuestion(r.source.Schema)
-	return &tenantPool{tenant: r.tenant, limits: tn.cfg.Limits, dense: b}, nil
+	return &tenantPool{tenant: r.tenant, limits: tn.cfg.Limits, server: tn.servers.of(from.source.Host, from.source.Port), dense: b}, nil
 }
 
 // enterPool counts the tenant among those of its pool, which is parted further when they have become too many.
@@ -192,7 +192,7 @@ var errNotReset = errors.New("tenancy: the session cannot be reset")
 var errNoSlot = errors.New("tenancy: no connection of the shared pool is free")
 
 // acquireDense takes a connection of the shared pool, for the tenant of c.pool. After an error c holds nothing more than before.
-func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
+func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) (err error) {
 	b := c.pool.dense
 	entered := false
 	defer func() {
@@ -208,6 +208,9 @@ func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
 		}
 	default:
 	}
+	if err := ctx.Err(); err != nil { // it does not even begin to wait
+		return err
+	}
 	if n := b.waiting.Add(1); int(n) > c.pool.limits.TenantWaiters {
 		b.waiting.Add(-1)
 		b.refused.Add(1)
@@ -215,9 +218,14 @@ func (tn *Tenancy) acquireDense(ctx context.Context, c *checkout) error {
 	}
 	began := time.Now()
 	b.waits.Add(1)
+	c.pool.server.Totals.Waits.Add(1)
 	defer func() {
 		b.waiting.Add(-1)
 		b.waited.Add(int64(time.Since(began)))
+		c.pool.server.Totals.Waited.Add(int64(time.Since(began)))
+		if err != nil && err == ctx.Err() {
+			err = &leftLine{err}
+		}
 	}()
 	deadline := began.Add(c.pool.limits.AcquireTimeout)
 	if !entered {

@@ -1174,19 +1174,27 @@ func TestAServerThatIsSlowToConnectIsWaitedForAWhile(t *testing.T) {
 // TestALoginThatIsFullIsWaitedFor: the server lets the login in no more, and then again.
 func TestALoginThatIsFullIsWaitedFor(t *testing.T) {
 	t.Parallel()
-	x := newFaulty(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 2 * time.Second}})
+	var log logged
+	x := newFaulty(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 2 * time.Second}, Logger: log.logger()})
 	x.neighbourAtWork()
 	x.fullAndRoomy("login", func() {
 		must(x, x.admin, `ALTER ROLE `+x.place.Login+` CONNECTION LIMIT 1`)
 	}, func() {
 		must(x, x.admin, `ALTER ROLE `+x.place.Login+` CONNECTION LIMIT -1`)
 	})
+	if s, _ := serverStats(t, x.tn, x.acme.ID); s.TooManyConns != 0 || s.ConnectFailures < 3 {
+		t.Errorf("the server had room: %+v", s)
+	}
+	if lines := log.lines("a login has no connection left"); len(lines) != 1 || len(log.lines("a server has no connection left")) != 0 {
+		t.Errorf("the log: %q", lines)
+	}
 }
 
 // TestAServerThatIsFullIsWaitedFor: others have taken all its connections.
 func TestAServerThatIsFullIsWaitedFor(t *testing.T) {
 	t.Parallel()
-	x, _ := newFaultyServer(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 2 * time.Second}}, map[string]string{"max_connections": "20"})
+	var log logged
+	x, _ := newFaultyServer(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 2 * time.Second}, Logger: log.logger()}, map[string]string{"max_connections": "20"})
 	x.neighbourAtWork()
 	var others []*pgx.Conn
 	x.fullAndRoomy("server", func() {
@@ -1207,6 +1215,16 @@ func TestAServerThatIsFullIsWaitedFor(t *testing.T) {
 			}
 		}
 	})
+	s, _ := serverStats(t, x.tn, x.acme.ID)
+	if s.TooManyConns < 3 || s.ConnectFailures < s.TooManyConns || s.Refused != 1 || s.Connects < 2 {
+		t.Errorf("the server was full: %+v", s)
+	}
+	if lines := log.lines("a server has no connection left"); len(lines) != 1 || !strings.Contains(lines[0], s.Address) || !strings.Contains(lines[0], "53300") {
+		t.Errorf("the log: %q", lines)
+	}
+	if s, _ := serverStats(t, x.tn, x.globex.ID); s.TooManyConns != 0 || s.ConnectFailures != 0 {
+		t.Errorf("the other server: %+v", s)
+	}
 }
 
 // fullAndRoomy has acme wait for a second connection at a server that is full, once in vain and once until there is room.

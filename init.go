@@ -74,7 +74,7 @@ func Init(ctx context.Context, admin AdminConfig) error {
 		return err
 	}
 	cfg := Config{PrimaryURL: admin.PrimaryURL, Keys: admin.Keys}.withDefaults()
-	servers := newServers(cfg.Limits)
+	servers := newServers(cfg)
 	p, err := openPrimary(ctx, cfg, servers)
 	if err != nil {
 		return err

@@ -69,7 +69,7 @@ type tenantPool struct {
 	want    identity
 	pool    *pgxpool.Pool
 	account *budget.Account // admits callers before the pool is asked
-	server  *budget.Server
+	server  *server
 	breaker *breaker
 	built   atomic.Bool  // pool is set: a builder may have had it connect before
 	doubtMu sync.Mutex   // guards doubted
@@ -78,7 +78,9 @@ type tenantPool struct {
 
 	afterRelease func(*pgx.Conn) bool // the service's hook; nil: none
 
-	dense *binding // the tenant has no pool of its own, and of the fields above tenant and limits alone; nil: it has
+	canceled atomic.Int64 // calls whose ctx ended while they waited in line
+
+	dense *binding // the tenant has no pool of its own, and of the fields above tenant, limits, server and canceled alone; nil: it has
 	slot  int32    // connections of a group that tenants share, and nobody's in particular; 0: it is a tenant's pool
 }
 
@@ -248,7 +250,7 @@ func (tn *Tenancy) poolConfig(ctx context.Context, p *tenantPool, source DataSou
 	}
 	cfg = cfg.Copy() // a hook that kept cfg cannot change it any more
 	p.account = p.server.NewAccount(budget.AccountConfig{
-		Floor: int(c.Limits.TenantFloor), Ceiling: int(cfg.MaxConns), Waiters: waiters, Patience: c.Limits.PingTimeout,
+		Floor: int(c.Limits.TenantFloor), Ceiling: int(cfg.MaxConns), Waiters: waiters, Inner: p.slot > 0, Patience: c.Limits.PingTimeout,
 		Connect: p.connect, Evict: p.evict, Idle: func() bool { return p.built.Load() && p.pool.Stat().IdleConns() > 0 },
 	})
 	p.guard(cfg, pins)
@@ -303,7 +305,11 @@ func (p *tenantPool) guard(cfg *pgxpool.Config, pins pins) {
 				return err
 			}
 		}
-		return p.prove(ctx, conn) // last, so that it judges what the hook has left
+		if err := p.prove(ctx, conn); err != nil { // last, so that it judges what the hook has left
+			return err
+		}
+		p.server.Totals.Connects.Add(1)
+		return nil
 	}
 }
 
@@ -350,7 +356,7 @@ func (w wrapped) NetConn() net.Conn { return w.under }
 
 // guardErrors has the pool drop its idle connections when the server says that they are worth nothing any more.
 func (p *tenantPool) guardErrors(cc *pgx.ConnConfig) {
-	user := cc.OnPgError
+	user := p.server.heed(cc.OnPgError)
 	cc.OnPgError = func(conn *pgconn.PgConn, err *pgconn.PgError) bool {
 		if c := budget.Of(conn.Conn()); c != nil && fatal(err) {
 			c.LastWords() // pgx closes it next, and TLS says good-bye of its own
@@ -364,10 +370,7 @@ func (p *tenantPool) guardErrors(cc *pgx.ConnConfig) {
 		} else if p.built.Load() && outdates(conn, err) {
 			p.pool.Reset()
 		}
-		if user != nil {
-			return user(conn, err)
-		}
-		return !fatal(err)
+		return user(conn, err)
 	}
 }
 

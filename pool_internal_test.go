@@ -68,7 +68,7 @@ func newPoolFixture(t testing.TB, cfg Config) *poolFixture {
 		cfg.Logger = slog.New(slog.NewTextHandler(io.Discard, nil))
 	}
 	cfg = cfg.withDefaults()
-	f.tn = &Tenancy{cfg: cfg, realm: unique.Make([16]byte{0xfe}), servers: newServers(cfg.Limits)}
+	f.tn = &Tenancy{cfg: cfg, realm: unique.Make([16]byte{0xfe}), servers: newServers(cfg)}
 	records, err := newLookup(lookupConfig{size: 10, negativeSize: 10, negativeTTL: time.Second, loadTimeout: 5 * time.Second},
 		func(_ context.Context, id ID) (*record, bool, error) {
 			f.mu.Lock()

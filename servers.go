@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"log/slog"
 	"maps"
 	"net"
 	"slices"
@@ -23,15 +24,16 @@ const (
 
 // servers holds this node's budget for each server that it has to do with. Safe for concurrent use.
 type servers struct {
+	log   *slog.Logger
 	total int            // permits of each
 	own   map[string]int // of them, for the library's own pools; written before use only
 
 	mu sync.Mutex // guards by
-	by map[string]*budget.Server
+	by map[string]*server
 }
 
-func newServers(l Limits) *servers {
-	return &servers{total: l.ServerConns / l.Nodes, own: map[string]int{}, by: map[string]*budget.Server{}}
+func newServers(cfg Config) *servers {
+	return &servers{log: cfg.Logger, total: cfg.Limits.ServerConns / cfg.Limits.Nodes, own: map[string]int{}, by: map[string]*server{}}
 }
 
 // setAside keeps n permits for a pool of the library's own, and as many as may be needed to cancel a statement of it.
@@ -53,13 +55,13 @@ func (s *servers) check() error {
 }
 
 // of returns the budget of a server. Servers are told apart by host and port as they are written.
-func (s *servers) of(host string, port uint16) *budget.Server {
+func (s *servers) of(host string, port uint16) *server {
 	key := serverKey(host, port)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	b := s.by[key]
 	if b == nil {
-		b = budget.NewServer(budget.Limits{Total: s.total, Own: s.own[key], Work: workConns})
+		b = &server{Server: budget.NewServer(budget.Limits{Total: s.total, Own: s.own[key], Work: workConns}), address: key, log: s.log}
 		s.by[key] = b
 	}
 	return b
@@ -73,26 +75,28 @@ func (s *servers) verbs(cc *pgx.ConnConfig) int {
 
 // ownPool has cc dial with the permits that were set aside.
 func (s *servers) ownPool(cc *pgx.ConnConfig) {
-	cc.DialFunc = s.of(cc.Host, cc.Port).OwnDialer(cc.DialFunc)
+	server := s.of(cc.Host, cc.Port)
+	cc.DialFunc, cc.OnPgError = server.OwnDialer(cc.DialFunc), server.heed(cc.OnPgError)
 }
 
 // single has cc, of a connection in no pool, wait for a permit of those that tenants share.
 func (s *servers) single(cc *pgx.ConnConfig) {
-	cc.DialFunc = s.of(cc.Host, cc.Port).Dialer(cc.DialFunc)
+	server := s.of(cc.Host, cc.Port)
+	cc.DialFunc, cc.OnPgError = server.Dialer(cc.DialFunc), server.heed(cc.OnPgError)
 }
 
 func serverKey(host string, port uint16) string {
 	return net.JoinHostPort(strings.ToLower(host), strconv.Itoa(int(port)))
 }
 
-// snapshots returns every server's budget, by address.
-func (s *servers) snapshots() iter.Seq2[string, budget.Snapshot] {
+// sorted returns every server, by address.
+func (s *servers) sorted() iter.Seq[*server] {
 	s.mu.Lock()
 	all := maps.Clone(s.by)
 	s.mu.Unlock()
-	return func(yield func(string, budget.Snapshot) bool) {
+	return func(yield func(*server) bool) {
 		for _, address := range slices.Sorted(maps.Keys(all)) {
-			if !yield(address, all[address].Snapshot()) {
+			if !yield(all[address]) {
 				return
 			}
 		}

@@ -55,7 +55,6 @@
 package tenancy
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -148,7 +147,7 @@ func Open(ctx context.Context, cfg Config) (*Tenancy, error) {
 	if _, known := m.find(cfg.MinVersion); cfg.MinVersion > 0 && !known {
 		return nil, invalid(fmt.Errorf("Config.MinVersion is %d: Config.Migrations has no migration of that version; the newest is %d", cfg.MinVersion, m.newest()))
 	}
-	servers := newServers(cfg.Limits)
+	servers := newServers(cfg)
 	host, err := hostConfig(cfg, servers)
 	if err != nil {
 		return nil, err
@@ -308,7 +307,7 @@ func (tn *Tenancy) openHost(ctx context.Context, cfg *pgxpool.Config) (*pgxpool.
 	var opened atomic.Pointer[pgxpool.Pool] // it may connect before it is returned
 	judge := cfg.ConnConfig.OnPgError
 	cfg.ConnConfig.OnPgError = func(conn *pgconn.PgConn, err *pgconn.PgError) bool {
-		if c := budget.Of(conn.Conn()); c != nil && cmp.Or(err.SeverityUnlocalized, err.Severity) == "FATAL" {
+		if c := budget.Of(conn.Conn()); c != nil && fatal(err) {
 			c.LastWords()
 		}
 		if pool := opened.Load(); pool != nil && outdates(conn, err) {

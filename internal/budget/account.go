@@ -9,11 +9,13 @@ import (
 	"time"
 )
 
-// AccountConfig is one pool's share of a server's budget, and what the budget asks of the pool. Everything is required.
+// AccountConfig is one pool's share of a server's budget, and what the budget asks of the pool. Everything but Inner is required.
 type AccountConfig struct {
 	Floor   int // connections that the account gets before another gets more than its own floor, and keeps while it uses them; at least 1
 	Ceiling int // the most that it has; of sockets it has twice as many, those that broke and are not gone yet included
 	Waiters int // the most callers that wait in Enter
+	// Inner says that each wait is part of a longer one, which somebody else counts: the server's Totals leave it out.
+	Inner bool
 	// Patience is how long a caller goes on waiting after a failure of Connect while other connections are open, one
 	// of which may come back.
 	Patience time.Duration
@@ -31,6 +33,7 @@ type AccountConfig struct {
 type Account struct {
 	cfg    AccountConfig
 	server *Server
+	totals *Totals // for Waits and Waited alone
 
 	// state is three numbers in one word, so that the common case is one operation: connections that are there or being made
 	// (conns), callers that have entered and attempts to connect (busy), and whether somebody waits. While nobody
@@ -100,7 +103,7 @@ func connsOf(state uint64) int { return int(state & connsMask / oneConn) }
 
 // NewAccount returns an account without connections.
 func (s *Server) NewAccount(cfg AccountConfig) *Account {
-	a := &Account{cfg: cfg, server: s}
+	a := &Account{cfg: cfg, server: s, totals: s.totalsOf(cfg)}
 	a.used.Store(s.clock.Load())
 	return a
 }
@@ -145,8 +148,10 @@ func (a *Account) Enter(ctx context.Context, deadline time.Time, missed int) err
 	admitted, err := a.enqueue(w)
 	if !admitted && err == nil {
 		a.waits.Add(1)
+		a.totals.Waits.Add(1)
 		err = a.await(ctx, w)
 		a.waited.Add(int64(time.Since(w.since)))
+		a.totals.Waited.Add(int64(time.Since(w.since)))
 	}
 	a.waiting.Add(-1)
 	a.server.waiters.Put(w)
@@ -622,6 +627,7 @@ func (a *Account) queueLocked() {
 	}
 	a.since = time.Now()
 	a.starved.Add(1)
+	s.Totals.Starved.Add(1)
 	a.line = line
 	line.push(a)
 	s.countHungryLocked()

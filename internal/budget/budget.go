@@ -60,6 +60,8 @@ func (l Limits) Shared() int { return l.Total - l.Own - Cancels }
 
 // Server is the budget of one server. It is safe for concurrent use, and needs no end.
 type Server struct {
+	Totals Totals
+
 	limits  Limits
 	spare   int // permits that only an account below its floor gets
 	cancels chan struct{}
@@ -107,6 +109,8 @@ type Snapshot struct {
 	Cancels int   // cancel requests under way
 	Hungry  int   // accounts that wait for a permit
 	Evicted int64 // idle connections that have made room, ever
+
+	Accounts int // of the shared part, what all accounts together can have now
 }
 
 // Snapshot returns where the budget stands.
@@ -114,7 +118,7 @@ func (s *Server) Snapshot() Snapshot {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return Snapshot{Limits: s.limits, Used: s.used, Closing: s.closing, OwnUsed: s.own, Cancels: len(s.cancels),
-		Hungry: s.poor.len() + s.rest.len() + len(s.works), Evicted: s.evicted}
+		Hungry: s.poor.len() + s.rest.len() + len(s.works), Evicted: s.evicted, Accounts: s.accountsLocked()}
 }
 
 // mayGrowLocked says whether a permit is there for a.
