@@ -18,6 +18,9 @@ import (
 // primary that numbers and announces the change; when a verb returns, this node has applied it,
 // or, where it could not read the primary a second time, does so within PollPeriod.
 //
+// Verbs of one tenant take turns, on all nodes: one whose turn has not come when ctx ends is [ErrInProgress]. One for which this node's budget
+// (Limits.ServerConns) has had no place among the verbs is [ErrBusy].
+//
 // The catalog checks no permissions: whoever may call it may manage every tenant.
 type Catalog struct{ tn *Tenancy }
 

@@ -149,7 +149,9 @@ func (c *Catalog) lockReader(ctx context.Context, server string) (r reader, held
 	if r.provisioner, err = db.openSource(UID(db.realm.Value()), "provisioner", sealed); err != nil {
 		return r, nil, nil, err
 	}
-	held, release, err = db.lock(ctx, 0, `SELECT pg_advisory_lock(hashtextextended('tenancy reader ' || $1::bigint, 0))::text IS NOT NULL`, r.server)
+	held, release, err = db.await(ctx, lockOf{"reader", r.server}, func() {}, func() (context.Context, func(), error) {
+		return db.lock(ctx, 0, `SELECT pg_try_advisory_lock(hashtextextended('tenancy reader ' || $1::bigint, 0))`, r.server)
+	})
 	return r, held, release, err
 }
 

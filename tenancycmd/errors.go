@@ -127,6 +127,7 @@ func printError(w io.Writer, name string, err error) {
 		{tenancy.ErrTenantNotFound, "'list' shows the tenants"},
 		{tenancy.ErrPrimaryUnavailable, "TENANCY_PRIMARY_URL says where it is"},
 		{tenancy.ErrInProgress, "try again later"},
+		{tenancy.ErrBusy, "try again later"},
 	} {
 		if errors.Is(err, h.of) {
 			text += "; " + h.hint
