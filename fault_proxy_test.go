@@ -36,6 +36,9 @@ type strait struct {
 	losing   []byte // the answer to what holds it is lost, and the connection with it; nil: none
 	lost     chan struct{}
 	freezing []byte // what holds it freezes the strait; nil: nothing
+	frozen   chan struct{}
+	marking  []byte // what holds it marks its connection; nil: nothing
+	muted    bool   // the marked ones are held, in both directions
 }
 
 // passage is one connection through a strait.
@@ -44,7 +47,8 @@ type passage struct {
 	ended          chan struct{} // closed when it was cut
 	gone           chan struct{} // closed when its sockets are: a read that is under way puts that off
 	once           sync.Once
-	losing         bool // guarded by strait.mu: its next answer is lost
+	losing         bool // guarded by strait.mu, as is the next: its next answer is lost
+	marked         bool
 }
 
 // The directions of a passage.
@@ -92,7 +96,7 @@ func (s *strait) set(change func()) {
 // calm ends everything else. Connections that were cut stay so; what was held goes on.
 func (s *strait) calm() {
 	s.set(func() {
-		s.refusing, s.abrupt, s.held, s.delay, s.losing, s.fn, s.freezing = false, false, [2]bool{}, 0, nil, nil, nil
+		s.refusing, s.abrupt, s.held, s.delay, s.losing, s.fn, s.freezing, s.muted = false, false, [2]bool{}, 0, nil, nil, nil, false
 	})
 }
 
@@ -142,8 +146,17 @@ func (s *strait) loseAnswer(text string) (lost <-chan struct{}) {
 	return s.lost
 }
 
-// freezeAt freezes when a piece to the server holds text. The server gets that one.
-func (s *strait) freezeAt(text string) { s.set(func() { s.freezing = []byte(text) }) }
+// freezeAt freezes when a piece to the server holds text. The server gets that one. The channel is closed then.
+func (s *strait) freezeAt(text string) (frozen <-chan struct{}) {
+	s.set(func() { s.freezing, s.frozen = []byte(text), make(chan struct{}) })
+	return s.frozen
+}
+
+// mark marks each connection over which the server is sent text from now on.
+func (s *strait) mark(text string) { s.set(func() { s.marking = []byte(text) }) }
+
+// mute is freeze for the marked connections that there are, and lets all others pass.
+func (s *strait) mute() { s.set(func() { s.muted, s.marking = true, nil }) }
 
 // before has fn called before the nth piece from now on goes on, in whichever direction. An attempt to connect is a piece too.
 func (s *strait) before(n int, fn func()) {
@@ -286,7 +299,7 @@ func (s *strait) forward(p *passage, direction int) {
 func (s *strait) wait(p *passage, direction int) bool {
 	for {
 		s.mu.Lock()
-		held, changed := s.held[direction], s.changed
+		held, changed := s.held[direction] || s.muted && p.marked, s.changed
 		s.mu.Unlock()
 		if !held {
 			return true
@@ -306,6 +319,10 @@ func (s *strait) loses(p *passage, direction int, piece []byte) bool {
 	if direction == toServer {
 		if s.freezing != nil && bytes.Contains(piece, s.freezing) {
 			s.held, s.freezing = [2]bool{toServer: true, toClient: true}, nil
+			close(s.frozen)
+		}
+		if s.marking != nil && bytes.Contains(piece, s.marking) {
+			p.marked = true
 		}
 		if s.losing != nil && bytes.Contains(piece, s.losing) {
 			p.losing, s.losing = true, nil

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/url"
 	"os"
@@ -1051,8 +1052,71 @@ func (x *faulty) everyCall(title string) []wayIn {
 	}
 }
 
-// frozenSlack is what a call may take longer than it was given. 100 ms are aimed at; the machine does other things too.
-const frozenSlack = 250 * time.Millisecond
+const (
+	// promisedSlack is what a call takes longer than it was given, at most. The machine does other things too, so a call that takes longer is made
+	// again, up to three times: the least of them is judged. Whatever waits too long in the library does so each time.
+	promisedSlack = 100 * time.Millisecond
+	// frozenSlack is what any single one may take longer.
+	frozenSlack = 250 * time.Millisecond
+)
+
+// keeps judges a call that was given limit, and says how long it took.
+func (x *faulty) keeps(what string, limit time.Duration, call func() (took time.Duration)) {
+	x.Helper()
+	least := time.Duration(math.MaxInt64)
+	for try := 0; try < 3 && least > limit+promisedSlack; try++ {
+		took := call()
+		if least = min(least, took); took > limit+frozenSlack {
+			x.Errorf("%s: a call that was given %v took %v", what, limit, took)
+		}
+	}
+	if least > limit+promisedSlack {
+		x.Errorf("%s: three calls that were given %v took at least %v", what, limit, least)
+	}
+}
+
+// keepDeadlines makes calls at once while the server is frozen, each with a deadline, and judges them as keeps does. spoil comes before the freezing, heal
+// thaws, and check looks at what a call ends with.
+func (x *faulty) keepDeadlines(calls []wayIn, deadline time.Duration, spoil, heal func(), check func(c wayIn, err error)) {
+	x.Helper()
+	for try := 1; len(calls) > 0; try++ {
+		runs := make([]func(context.Context) error, len(calls))
+		for i, c := range calls {
+			runs[i] = c.prepare()
+		}
+		spoil()
+		x.strait.freeze()
+		took := make([]time.Duration, len(calls))
+		var wg sync.WaitGroup
+		for i, c := range calls {
+			wg.Go(func() {
+				ctx, cancel := context.WithTimeout(x.ctx, deadline)
+				defer cancel()
+				began := time.Now()
+				err := runs[i](ctx)
+				if took[i] = time.Since(began); err == nil || took[i] > deadline+frozenSlack {
+					x.Errorf("%s: %v after %v", c.name, err, took[i])
+				}
+				check(c, err)
+			})
+		}
+		wg.Wait()
+		x.Logf("%d calls with a deadline of %v: the slowest took %v", len(calls), deadline, slices.Max(took).Round(time.Millisecond))
+		heal()
+		var late []wayIn
+		for i, c := range calls {
+			if took[i] <= deadline+promisedSlack {
+				continue
+			}
+			if late = append(late, c); try == 3 {
+				x.Errorf("%s: three calls with a deadline of %v took longer than %v, the last one %v", c.name, deadline, deadline+promisedSlack, took[i])
+			}
+		}
+		if calls = late; try == 3 {
+			return
+		}
+	}
+}
 
 // TestAFrozenServerHoldsNobodyBeyondTheDeadline: the server takes what it is sent and answers nothing, and the sockets stay. Not
 // parallel: it is about time, and counts the goroutines of the process.
@@ -1068,7 +1132,7 @@ func TestAFrozenServerHoldsNobodyBeyondTheDeadline(t *testing.T) {
 			return nil
 		}})
 	x.neighbourAtWork()
-	x.warm(14)
+	until(t, 20*time.Second, "", func() string { return outage(x.tryWarm(14)) }) // a busy machine may connect too slowly at first
 	before := runtime.NumGoroutine()
 	heal := func(x *faulty) {
 		x.Helper()
@@ -1093,34 +1157,11 @@ func TestAFrozenServerHoldsNobodyBeyondTheDeadline(t *testing.T) {
 			if name == "not_yet_open" {
 				calls = slices.DeleteFunc(calls, func(c wayIn) bool { return c.inTx })
 			}
-			runs := make([]func(context.Context) error, len(calls))
-			for i, c := range calls {
-				runs[i] = c.prepare()
-			}
-			spoil()
-			x.strait.freeze()
-			var wg sync.WaitGroup
-			var slowest atomic.Int64
-			for i, c := range calls {
-				wg.Go(func() {
-					ctx, cancel := context.WithTimeout(x.ctx, deadline)
-					defer cancel()
-					began := time.Now()
-					err := runs[i](ctx)
-					took := time.Since(began)
-					if err == nil || took > deadline+frozenSlack {
-						t.Errorf("%s: %v after %v", c.name, err, took)
-					}
-					if unknown := c.name == "Commit"; errors.Is(err, tenancy.ErrCommitUnknown) != unknown || !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, tenancy.ErrTenantUnavailable) {
-						t.Errorf("%s: %v", c.name, err)
-					}
-					for s := slowest.Load(); int64(took) > s && !slowest.CompareAndSwap(s, int64(took)); s = slowest.Load() {
-					}
-				})
-			}
-			wg.Wait()
-			t.Logf("%d calls with a deadline of %v: the slowest took %v", len(calls), deadline, time.Duration(slowest.Load()).Round(time.Millisecond))
-			heal(x)
+			x.keepDeadlines(calls, deadline, spoil, func() { heal(x) }, func(c wayIn, err error) {
+				if unknown := c.name == "Commit"; errors.Is(err, tenancy.ErrCommitUnknown) != unknown || !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, tenancy.ErrTenantUnavailable) {
+					t.Errorf("%s: %v", c.name, err)
+				}
+			})
 		})
 	}
 	untilTrue(t, "the goroutines are gone", func() bool { return runtime.NumGoroutine() <= before })
@@ -1131,25 +1172,21 @@ func TestAFrozenServerIsNoticedWithoutADeadline(t *testing.T) {
 	const ping, connect = 200 * time.Millisecond, 300 * time.Millisecond
 	x := newFaulty(t, tenancy.Config{Limits: tenancy.Limits{PingTimeout: ping, ConnectTimeout: connect}})
 	x.neighbourAtWork()
-	x.warm(4)
-	time.Sleep(1100 * time.Millisecond) // real time: the pool's clock is no other
-	x.strait.freeze()
-	ctx, cancel := context.WithTimeout(x.ctx, 15*time.Second) // or a failure of this test is a hang
-	defer cancel()
-	began := time.Now()
-	_, err := x.tn.DB().Exec(ctx, `SELECT 1`)
-	took := time.Since(began)
-	wantError(t, err, tenancy.ErrTenantUnavailable)
-	t.Logf("failed after %v", took.Round(time.Millisecond))
-	if took > ping+connect+frozenSlack {
-		t.Errorf("it took %v, want %v for the question and %v for a new connection", took, ping, connect)
-	}
-	x.strait.calm()
-	served := until(t, 20*time.Second, "", func() string {
-		_, err := x.tn.DB().Exec(x.ctx, `SELECT 1`)
-		return outage(err)
+	x.keeps("the question and a new connection", ping+connect, func() time.Duration {
+		until(t, 20*time.Second, "", func() string { return outage(x.tryWarm(4)) })
+		time.Sleep(1100 * time.Millisecond) // real time: the pool's clock is no other
+		x.strait.freeze()
+		ctx, cancel := context.WithTimeout(x.ctx, 15*time.Second) // or a failure of this test is a hang
+		defer cancel()
+		began := time.Now()
+		_, err := x.tn.DB().Exec(ctx, `SELECT 1`)
+		took := time.Since(began)
+		wantError(t, err, tenancy.ErrTenantUnavailable)
+		x.strait.calm()
+		served := until(t, 20*time.Second, "", func() string { _, err := x.tn.DB().Exec(x.ctx, `SELECT 1`); return outage(err) })
+		t.Logf("failed after %v, served again %v after the thaw", took.Round(time.Millisecond), served.Round(time.Millisecond))
+		return took
 	})
-	t.Logf("served again %v after the thaw", served.Round(time.Millisecond))
 	x.settled()
 }
 
