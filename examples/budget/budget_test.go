@@ -34,12 +34,12 @@ func TestTheBudgetIsKeptAndNobodyIsRefused(t *testing.T) {
 func TestTheViewEndsWithItsContext(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
-	out := &untilShown{text: "those that wait", then: stop}
+	out := &untilShown{text: "waiting most", then: stop}
 	end, err := run(ctx, out, true, options{tenants: 12, conns: 20, clients: 4})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, part := range []string{"making tenants [", "\x1b[?25l", "12 tenants, 20 connections, 4 clients", "of 10, of them", "0 errors", "the hottest", "tenant-0001", "\x1b[?25h", end.String()} {
+	for _, part := range []string{"making tenants [", "\x1b[?25l", "\x1b[?1049h", "12 tenants on 20 connections, 4 clients", "of 7, ", "3 more are for verbs", "0 errors", "asked most", "tenant-0001", "\x1b[?25h", "\x1b[?1049l", end.String()} {
 		if !strings.Contains(out.all.String(), part) {
 			t.Errorf("%q is not in what it drew:\n%q", part, out.all.String())
 		}

@@ -76,8 +76,10 @@ func (f *fleet) provision(ctx context.Context, n int, made func(done int)) (err 
 		return err
 	}
 	defer func() { err = errors.Join(err, operator.Close()) }()
-	var mu sync.Mutex // guards tenants and failed
+	f.tenants = make([]tenancy.ID, n)
+	var mu sync.Mutex // guards what follows
 	var failed error
+	var done int
 	var wg sync.WaitGroup
 	for next := range cfg.Limits.Provisions {
 		wg.Go(func() {
@@ -85,8 +87,9 @@ func (f *fleet) provision(ctx context.Context, n int, made func(done int)) (err 
 				t, err := operator.Catalog().Create(ctx, tenancy.NewTenant{Name: fmt.Sprintf("tenant-%04d", i+1)})
 				mu.Lock()
 				if failed = errors.Join(failed, err); failed == nil {
-					f.tenants = append(f.tenants, t.ID)
-					made(len(f.tenants))
+					f.tenants[i] = t.ID
+					done++
+					made(done)
 				}
 				stop := failed != nil
 				mu.Unlock()

@@ -3,12 +3,15 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/msmt-go/tenancy"
 )
 
 // figures are a load at one moment.
@@ -28,6 +31,7 @@ func (f figures) String() string {
 // load is what the clients see. Safe for concurrent use.
 type load struct {
 	fleet *fleet
+	asked []atomic.Int64 // calls that were answered, of each tenant of the fleet
 
 	mu   sync.Mutex // guards what follows
 	seen figures
@@ -47,8 +51,9 @@ func (l *load) start(ctx context.Context, clients int) (ended func() error, err 
 			pick := rand.NewZipf(r, 1.1, 1, uint64(len(l.fleet.tenants)-1)) // the k-th k^1.1 times more seldom than the first
 			for ctx.Err() == nil {
 				began := time.Now()
-				err := l.ask(context.WithoutCancel(ctx), int(pick.Uint64()))
-				l.note(time.Since(began), err)
+				tenant := int(pick.Uint64())
+				err := l.ask(context.WithoutCancel(ctx), tenant)
+				l.note(tenant, time.Since(began), err)
 			}
 		})
 	}
@@ -71,7 +76,10 @@ func (l *load) ask(ctx context.Context, tenant int) error {
 	return l.fleet.node.DB().QueryRow(ctx, `SELECT title FROM notes WHERE id = $1`, 1).Scan(&title)
 }
 
-func (l *load) note(took time.Duration, err error) {
+func (l *load) note(tenant int, took time.Duration, err error) {
+	if err == nil {
+		l.asked[tenant].Add(1)
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err == nil {
@@ -99,6 +107,22 @@ func (l *load) count(ctx context.Context, admin *pgx.Conn) error {
 		time.Sleep(5 * time.Millisecond)
 	}
 	return nil
+}
+
+// tenant is what the library says of one that has a pool, and how often it was asked.
+type tenant struct {
+	tenancy.TenantStats
+	calls int
+}
+
+func (l *load) tenants() (all []tenant) {
+	stats := maps.Collect(l.fleet.node.Stats())
+	for i, id := range l.fleet.tenants {
+		if s, ok := stats[id]; ok {
+			all = append(all, tenant{s, int(l.asked[i].Load())})
+		}
+	}
+	return all
 }
 
 func (l *load) figures() figures {

@@ -19,6 +19,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -67,7 +68,7 @@ func run(ctx context.Context, out io.Writer, terminal bool, o options) (end figu
 		ctx, cancel = context.WithTimeout(ctx, o.time)
 		defer cancel()
 	}
-	l := &load{fleet: f}
+	l := &load{fleet: f, asked: make([]atomic.Int64, len(f.tenants))}
 	ended, err := l.start(ctx, o.clients)
 	if err != nil {
 		return figures{}, err

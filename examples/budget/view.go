@@ -8,12 +8,16 @@ import (
 	"slices"
 	"strings"
 	"time"
-
-	"github.com/msmt-go/tenancy"
 )
 
-// What terminals understand: go to the upper left corner, clear the rest of the line or of the screen, hide and show the cursor.
-const home, restOfLine, restOfScreen, hideCursor, showCursor = "\x1b[H", "\x1b[K", "\x1b[J", "\x1b[?25l", "\x1b[?25h"
+// What terminals understand: go to a screen of its own and back, hide and show the cursor, cut long lines or wrap them, clear the rest of the line or of the screen.
+const (
+	ownScreen, usualScreen = "\x1b[?1049h", "\x1b[?1049l"
+	hideCursor, showCursor = "\x1b[?25l", "\x1b[?25h"
+	cutLines, wrapLines    = "\x1b[?7l", "\x1b[?7h"
+	restOfLine             = "\x1b[K"
+	restOfScreen           = "\x1b[J"
+)
 
 // view draws on a terminal, again and again. Elsewhere it writes a line each second.
 type view struct {
@@ -26,70 +30,87 @@ type view struct {
 func (v view) made(n int) {
 	switch {
 	case v.terminal:
-		fmt.Fprintf(v.out, "\rmaking tenants %s %d of %d", bar(n, v.of.tenants), n, v.of.tenants)
+		fmt.Fprintf(v.out, "%s\rmaking tenants %s %d of %d%s", cutLines, bar(n, v.of.tenants), n, v.of.tenants, wrapLines)
 	case n%100 == 0:
 		fmt.Fprintf(v.out, "%d of %d tenants are made\n", n, v.of.tenants)
 	}
 }
 
+const (
+	redraws = 5 // in a second, on a terminal
+	history = 2 // seconds over which the rate of calls is taken
+)
+
 // follow shows the load until ctx ends.
 func (v view) follow(ctx context.Context, l *load) {
 	period := time.Second
 	if v.terminal {
-		period = 200 * time.Millisecond
-		fmt.Fprint(v.out, hideCursor, home, restOfScreen)
-		defer fmt.Fprint(v.out, showCursor)
+		period /= redraws
+		fmt.Fprint(v.out, ownScreen, hideCursor, cutLines)
+		defer fmt.Fprint(v.out, wrapLines, showCursor, usualScreen)
 	}
 	tick := time.NewTicker(period)
 	defer tick.Stop()
-	began, before := time.Now(), figures{}
+	began := time.Now()
+	past := []moment{{at: began}}
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
 		}
-		now, elapsed := l.figures(), time.Since(began).Round(time.Second)
-		if v.terminal {
-			page := v.page(l.fleet.node, now, (now.calls-before.calls)*int(time.Second/period), elapsed)
-			fmt.Fprint(v.out, home, strings.ReplaceAll(page, "\n", restOfLine+"\n"), restOfScreen)
-		} else {
-			fmt.Fprintf(v.out, "%4v  %s\n", elapsed, now)
+		now, at := l.figures(), time.Now()
+		if !v.terminal {
+			fmt.Fprintf(v.out, "%4v  %s\n", at.Sub(began).Round(time.Second), now)
+			continue
 		}
-		before = now
+		past = append(past, moment{at, now.calls})
+		past = past[max(0, len(past)-history*redraws-1):]
+		rate := float64(now.calls-past[0].calls) / at.Sub(past[0].at).Seconds()
+		// Each line goes where it belongs: on a screen that is too low, only the last of them are lost.
+		for i, line := range v.page(l, now, rate, at.Sub(began)) {
+			fmt.Fprintf(v.out, "\x1b[%d;1H%s%s", i+1, line, restOfLine)
+		}
+		fmt.Fprint(v.out, restOfScreen)
 	}
 }
 
-// page is the whole screen.
-func (v view) page(node *tenancy.Tenancy, now figures, perSecond int, elapsed time.Duration) string {
-	var p strings.Builder
-	fmt.Fprintf(&p, "%d tenants, %d connections, %d clients, %v (Ctrl-C ends it)\n\n", v.of.tenants, v.of.conns, v.of.clients, elapsed)
-	for b := range node.Servers() { // there is one
-		fmt.Fprintf(&p, "  tenants  %s %d of %d, of them %d on their way out\n", bar(b.Used, b.Shared), b.Used, b.Shared, b.Closing)
-		fmt.Fprintf(&p, "  library  %s %d of %d, and %d are kept for cancel requests\n", bar(b.OwnUsed, b.Own), b.OwnUsed, b.Own, b.Budget-b.Own-b.Shared)
-		fmt.Fprintf(&p, "  hungry   %d tenants wait for a connection of the budget\n", b.Hungry)
-		fmt.Fprintf(&p, "  evicted  %d idle connections were closed for others\n", b.Evicted)
-	}
-	fmt.Fprintf(&p, "  server   PostgreSQL counts %d connections, at most %d\n", now.conns, now.most)
-	fmt.Fprintf(&p, "  calls    %d/s, p50 %v, p99 %v, %d errors\n\n", perSecond, now.p50, now.p99, now.errors)
+type moment struct {
+	at    time.Time
+	calls int
+}
 
-	var all []tenancy.TenantStats
-	for _, t := range node.Stats() {
-		all = append(all, t)
+// page is the whole screen, what matters most first.
+func (v view) page(l *load, now figures, rate float64, elapsed time.Duration) (lines []string) {
+	add := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
+	add("%d tenants on %d connections, %d clients, %v (Ctrl-C ends it)", v.of.tenants, v.of.conns, v.of.clients, elapsed.Round(time.Second))
+	for b := range l.fleet.node.Servers() { // there is one
+		add("tenants  %s %d of %d, %d on their way out; %d more are for verbs", bar(b.Used, b.Tenants), b.Used, b.Tenants, b.Closing, b.Shared-b.Tenants)
+		add("library  %s %d of %d; %d more are for cancel requests", bar(b.OwnUsed, b.Own), b.OwnUsed, b.Own, b.Budget-b.Own-b.Shared)
+		add("hungry   %d tenants wait for a connection of the budget", b.Hungry)
+		add("evicted  %d idle connections were closed for others", b.Evicted)
 	}
-	list := func(title string, of func(tenancy.TenantStats) int) {
-		fmt.Fprintf(&p, "  %-20s  conns  busy  waiting  mean wait\n", title)
-		slices.SortFunc(all, func(a, b tenancy.TenantStats) int { return cmp.Or(of(b)-of(a), strings.Compare(a.Name, b.Name)) })
-		for _, t := range all[:min(5, len(all))] {
-			wait := t.WaitTime / time.Duration(max(1, t.Waits))
-			fmt.Fprintf(&p, "  %-20s  %5d  %4d  %7d  %9v\n", t.Name, t.Conns, t.Busy, t.Waiting, wait.Round(10*time.Microsecond))
+	add("server   PostgreSQL counts %d connections, at most %d", now.conns, now.most)
+	add("calls    %.0f/s, p50 %v, p99 %v, %d errors", rate, now.p50, now.p99, now.errors)
+
+	tenants := l.tenants()
+	list := func(title string, of func(tenant) int) {
+		add("")
+		add("%-16s  calls  conns  busy  waiting  mean wait", title)
+		slices.SortFunc(tenants, func(a, b tenant) int { return cmp.Or(of(b)-of(a), strings.Compare(a.Name, b.Name)) })
+		for _, t := range tenants[:min(5, len(tenants))] {
+			wait := "-"
+			if t.WaitTime > 0 {
+				wait = (t.WaitTime / time.Duration(t.Waits)).Round(10 * time.Microsecond).String()
+			}
+			add("%-16s  %5d  %5d  %4d  %7d  %9s", t.Name, t.calls, t.Conns, t.Busy, t.Waiting, wait)
 		}
-		fmt.Fprintln(&p)
 	}
-	list("the hottest", func(t tenancy.TenantStats) int { return int(t.Waits) })
-	list("those that wait", func(t tenancy.TenantStats) int { return t.Waiting })
-	fmt.Fprintf(&p, "  %d tenants have a pool, the others nothing\n", len(all))
-	return p.String()
+	list("asked most", func(t tenant) int { return t.calls })
+	list("waiting most", func(t tenant) int { return t.Waiting })
+	add("")
+	add("%d tenants have a pool, the others nothing", len(tenants))
+	return lines
 }
 
 const widest = 40
