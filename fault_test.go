@@ -459,6 +459,40 @@ func TestWhatMayHaveBeenSentIsNotRepeated(t *testing.T) {
 	<-lost
 }
 
+// TestALostAnswerToABatchIsNotSafeToRetry in the simple protocol, in which pgx says "conn closed".
+func TestALostAnswerToABatchIsNotSafeToRetry(t *testing.T) {
+	t.Parallel()
+	x := newFaulty(t, tenancy.Config{PoolConfig: func(_ context.Context, _ tenancy.Tenant, cfg *pgxpool.Config) error {
+		cfg.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeSimpleProtocol
+		return nil
+	}})
+	x.neighbourAtWork()
+	for title, read := range map[string]func(pgx.BatchResults) error{
+		"Close": func(br pgx.BatchResults) error { return br.Close() },
+		"Exec":  func(br pgx.BatchResults) error { _, err := br.Exec(); return errors.Join(err, br.Close()) },
+		"Query": func(br pgx.BatchResults) error {
+			defer br.Close()
+			rows, _ := br.Query()
+			_, err := pgx.CollectRows(rows, pgx.RowToMap)
+			return err
+		},
+		"QueryRow": func(br pgx.BatchResults) error {
+			defer br.Close()
+			return br.QueryRow().Scan(new(int64))
+		},
+	} {
+		x.warm(2)
+		lost := x.strait.loseAnswer(title)
+		b := &pgx.Batch{}
+		b.Queue(insert+` RETURNING id`, title)
+		err := read(x.tn.DB().SendBatch(x.ctx, b))
+		<-lost
+		if n := x.written(title); err == nil || pgconn.SafeToRetry(err) || n != 1 {
+			t.Errorf("%s: %v, safe to retry: %v, written %d times", title, err, pgconn.SafeToRetry(err), n)
+		}
+	}
+}
+
 // TestALostAnswerToACommitIsUnknown, to the caller and to nobody else.
 func TestALostAnswerToACommitIsUnknown(t *testing.T) {
 	t.Parallel()
@@ -1791,6 +1825,11 @@ func TestACallCancelledBeforeItsSecondTrySaysSo(t *testing.T) {
 		"Begin":       func(ctx context.Context) error { _, err := db.Begin(ctx); return err },
 		"Exec":        func(ctx context.Context) error { _, err := db.Exec(ctx, insert, "left"); return err },
 		"Exec simple": func(ctx context.Context) error { _, err := db.Exec(ctx, `SELECT 1`); return err },
+		"Query": func(ctx context.Context) error { // of a statement that is prepared: the rows say it when they are read
+			rows, _ := db.Query(ctx, insert, "left")
+			_, err := pgx.CollectRows(rows, pgx.RowToMap)
+			return err
+		},
 		"Query simple": func(ctx context.Context) error {
 			_, err := db.Query(ctx, `SELECT 1`, pgx.QueryExecModeSimpleProtocol)
 			return err
