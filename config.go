@@ -181,7 +181,7 @@ type Limits struct {
 	AcquireTimeout time.Duration
 	// ConnectTimeout of one connection. Default: 5 s.
 	ConnectTimeout time.Duration
-	// PingTimeout of the question whether a connection that was unused for a second is still alive. Default: 1 s.
+	// PingTimeout of the question whether a connection that was unused for a second is still alive. Default: 1 s. At most half of AcquireTimeout is used of it.
 	PingTimeout time.Duration
 	// StatementTimeout is the server's statement_timeout of a tenant's connections; SET LOCAL gives one transaction another.
 	// Default: 30 s. Below 0: the server's own.

@@ -42,7 +42,6 @@ type Account struct {
 	waits   atomic.Int64 // callers who had to wait
 	waited  atomic.Int64 // for how long, in ns
 	starved atomic.Int64 // times that a permit had to be waited for
-	refused atomic.Int64 // callers who found too many waiting, or waited in vain
 
 	// Guarded by server.mu.
 	waiters    []*waiter          // in the order in which they are called
@@ -137,7 +136,6 @@ func (a *Account) Enter(ctx context.Context, deadline time.Time, missed int) err
 	}
 	if n := a.waiting.Add(1); int(n) > a.cfg.Waiters && missed == 0 {
 		a.waiting.Add(-1)
-		a.refused.Add(1)
 		return ErrFull
 	}
 	w := a.server.waiters.Get().(*waiter)
@@ -246,7 +244,6 @@ func (a *Account) expire() {
 			a.expireLocked(w.deadline)
 			return false
 		}
-		a.refused.Add(1)
 		w.ready <- err
 		return true
 	})
@@ -678,14 +675,13 @@ type Usage struct {
 	Waits                int64         // callers who waited for a connection, ever
 	Waited               time.Duration // the sum of their waits
 	Starved              int64         // times that the account had to wait for a permit
-	Refused              int64         // callers who were sent away
 }
 
 // Usage returns where the account stands. It takes no lock.
 func (a *Account) Usage() Usage {
 	s := a.state.Load()
 	u := Usage{Conns: connsOf(s), Busy: busyOf(s), Waiting: int(a.waiting.Load()), Waits: a.waits.Load(),
-		Waited: time.Duration(a.waited.Load()), Starved: a.starved.Load(), Refused: a.refused.Load()}
+		Waited: time.Duration(a.waited.Load()), Starved: a.starved.Load()}
 	if u.Conns >= unbounded {
 		u.Conns = u.Busy
 	}
