@@ -407,7 +407,11 @@ func (s *Server) overdueLocked(a *Account) bool {
 	if b == nil {
 		return false
 	}
-	if now.Sub(b.since) <= b.patienceLocked(a) {
+	wait := patience
+	if above && b.belowFloor() { // a will not take it back
+		wait = 0
+	}
+	if now.Sub(b.since) <= wait {
 		return false
 	}
 	if !b.mayTakeFrom(a) {
@@ -428,14 +432,6 @@ func (a *Account) aboveFloor() bool {
 // lately.
 func (a *Account) needsFloorLocked() bool {
 	return connsOf(a.state.Load())-a.evicting <= a.cfg.Floor && a.used.Load() >= a.server.rested
-}
-
-// patienceLocked is how long a waits until a connection of b is its own. Those of accounts above their floor are, before.
-func (a *Account) patienceLocked(b *Account) time.Duration {
-	if !b.aboveFloor() && b.server.rich > 0 {
-		return 2 * patience
-	}
-	return patience
 }
 
 // mayTakeFrom says whether a has nothing, or would have no more than b after a connection has changed hands. Otherwise the two would take it
