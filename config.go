@@ -160,7 +160,7 @@ type Limits struct {
 	// TenantConns is the most connections of one tenant on one node. Default: 4. At most 10,000. Logins are made with a CONNECTION LIMIT of twice
 	// Nodes times this, and keep it when these are raised, until Catalog.RotatePassword.
 	TenantConns int32
-	// TenantFloor is the number of connections that a tenant gets before any other tenant gets more of them. Default: 1. At most TenantConns.
+	// TenantFloor is the number of connections that a tenant gets before any other tenant gets more of them, and keeps against those while it is at work. Default: 1. At most TenantConns.
 	TenantFloor int32
 	// TenantWaiters is the number of calls that may wait for a connection of one tenant on one node; the next one
 	// is [ErrBusy] at once. Default: 100.

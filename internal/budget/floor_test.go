@@ -66,6 +66,23 @@ func TestAFloodTakesTheFloorOfNobodyAtWork(t *testing.T) {
 	})
 }
 
+// Neither while callers of its own wait.
+func TestAFloodTakesNoLargerFloorThanItsOwn(t *testing.T) {
+	in(t, 4, func(t *testing.T, w *world) {
+		a, flooded := w.pool(3, 3), w.pool(1, 4)
+		leave := []func(){w.crowd(a, 10, 5*ms)}
+		time.Sleep(100 * ms)
+		leave = append(leave, w.crowd(flooded, 50, 5*ms))
+		time.Sleep(time.Second)
+		if a.evicts.Load() != 0 {
+			t.Errorf("%d connections of its floor were taken", a.evicts.Load())
+		}
+		for _, f := range leave {
+			f()
+		}
+	})
+}
+
 // Of several idle connections those above the floor make room, and no more.
 func TestAnAccountGivesUpWhatItHasAboveItsFloor(t *testing.T) {
 	in(t, 7, func(t *testing.T, w *world) {
