@@ -39,6 +39,16 @@ var errFoundIdle = errors.New("tenancy: a connection was idle")
 // errDead is a connection that was closed behind our back, or does not answer. Nothing was sent over it.
 var errDead = errors.New("tenancy: the connection is dead")
 
+// unansweredPing is errDead after a question that had no answer, and how long that took.
+type unansweredPing struct {
+	took  time.Duration
+	cause error
+}
+
+func (u *unansweredPing) Error() string        { return errDead.Error() + ": " + u.cause.Error() }
+func (u *unansweredPing) Unwrap() error        { return u.cause }
+func (u *unansweredPing) Is(target error) bool { return target == errDead }
+
 // acquire takes a connection that is proved to be the tenant's own, whatever built the pool. Whoever gets one calls release.
 func (p *tenantPool) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	return p.acquireBy(ctx, func() time.Time { return time.Now().Add(p.limits.AcquireTimeout) })
@@ -68,6 +78,11 @@ func (p *tenantPool) acquireBy(ctx context.Context, until func() time.Time) (*pg
 		case errors.Is(err, errDead):
 			p.pool.Reset() // the others are as old, and asking each of them would take as long
 			missed = 1
+			if ping, ok := errors.AsType[*unansweredPing](err); ok && deadline.IsZero() { // it is of the time that the call waits
+				if deadline = until(); !deadline.IsZero() {
+					deadline = deadline.Add(-ping.took)
+				}
+			}
 		default:
 			return nil, connectError(err)
 		}
@@ -115,9 +130,12 @@ func (p *tenantPool) enter(ctx context.Context, deadline time.Time, missed int) 
 	case err != nil && err == ctx.Err():
 		return &leftLine{err}
 	case errors.Is(err, budget.ErrFull):
-		return hinted(ErrBusy, "%d calls wait for one of its connections already (Limits.TenantWaiters)", p.limits.TenantWaiters)
+		err = hinted(ErrBusy, "%d calls wait for one of its connections already (Limits.TenantWaiters)", p.limits.TenantWaiters)
 	case errors.Is(err, budget.ErrTimeout):
-		return p.waitedInVain(err)
+		err = p.waitedInVain(err)
+	}
+	if errors.Is(err, ErrBusy) {
+		p.refused.Add(1)
 	}
 	return err
 }
@@ -188,6 +206,7 @@ func (p *tenantPool) takeOut(ctx context.Context) (*pgxpool.Conn, error) {
 	defer cancel()
 	conn, err := p.pool.Acquire(bounded)
 	if err != nil && bounded.Err() != nil && ctx.Err() == nil {
+		p.refused.Add(1)
 		err = hinted(ErrBusy, "the pool that Config.PoolBuilder made gave out no connection within %v", p.limits.AcquireTimeout)
 	}
 	return conn, err
@@ -206,13 +225,14 @@ func (p *tenantPool) check(ctx context.Context, conn *pgx.Conn) error {
 		return hinted(ErrIdentity, "the pool gave out a connection that was proved for another pool: it was that of tenant id %d, generation %d",
 			mark.pool.tenant.ID, mark.pool.tenant.Generation)
 	case mark.doubtful || !budget.TellsUnheard && mark.rested && mark.stirs(): // a good-bye may be waiting to be read, and then what is sent now is lost
-		bounded, cancel := context.WithTimeout(ctx, min(p.limits.PingTimeout, p.limits.AcquireTimeout))
+		began := time.Now()
+		bounded, cancel := context.WithTimeout(ctx, min(p.limits.PingTimeout, p.limits.AcquireTimeout/2)) // the rest is for another connection
 		defer cancel()
 		if err := conn.Ping(bounded); err != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			return fmt.Errorf("%w: %w", errDead, withoutSecrets(err))
+			return &unansweredPing{time.Since(began), withoutSecrets(err)}
 		}
 		mark.doubtful = false
 	case conn.IsClosed():

@@ -165,7 +165,7 @@ type Limits struct {
 	// TenantConns is the most connections of one tenant on one node. Default: 4. At most 10,000. Logins are made with a CONNECTION LIMIT of twice
 	// Nodes times this, and keep it when these are raised, until Catalog.RotatePassword.
 	TenantConns int32
-	// TenantFloor is the number of connections that a tenant gets before any other tenant gets more of them. Default: 1. At most TenantConns.
+	// TenantFloor is the number of connections that a tenant gets before any other tenant gets more of them, and keeps against those while it is at work. Default: 1. At most TenantConns.
 	TenantFloor int32
 	// TenantWaiters is the number of calls that may wait for a connection of one tenant on one node; the next one
 	// is [ErrBusy] at once. Default: 100.
@@ -186,7 +186,7 @@ type Limits struct {
 	AcquireTimeout time.Duration
 	// ConnectTimeout of one connection. Default: 5 s.
 	ConnectTimeout time.Duration
-	// PingTimeout of the question whether a connection that was unused for a second is still alive. Default: 1 s.
+	// PingTimeout of the question whether a connection that was unused for a second is still alive. Default: 1 s. At most half of AcquireTimeout is used of it.
 	PingTimeout time.Duration
 	// StatementTimeout is the server's statement_timeout of a tenant's connections; SET LOCAL gives one transaction another.
 	// Default: 30 s. Below 0: the server's own.

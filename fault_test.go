@@ -1852,6 +1852,92 @@ func TestACallCancelledBeforeItsSecondTrySaysSo(t *testing.T) {
 	}
 }
 
+// TestTheSecondAddressOfANameWhoseFirstIsFrozen: whoever listens there never lets go of a socket.
+func TestTheSecondAddressOfANameWhoseFirstIsFrozen(t *testing.T) {
+	t.Parallel()
+	var addresses []string
+	x := newFaulty(t, tenancy.Config{Limits: tenancy.Limits{TenantConns: 2, ConnectTimeout: time.Second, AcquireTimeout: 8 * time.Second},
+		PoolConfig: func(_ context.Context, who tenancy.Tenant, cfg *pgxpool.Config) error {
+			if who.Name == "acme" {
+				cfg.ConnConfig.LookupFunc = func(context.Context, string) ([]string, error) { return addresses, nil }
+			}
+			return nil
+		}})
+	for _, address := range []string{x.strait.url, x.fleet.ServerURL} {
+		u, err := url.Parse(address)
+		if err != nil {
+			t.Fatal("the server's URL cannot be parsed")
+		}
+		addresses = append(addresses, strings.Replace(u.Host, "localhost", "127.0.0.1", 1))
+	}
+	x.strait.freeze()
+	var held [2]pgx.Tx
+	var wg sync.WaitGroup
+	for i := range held {
+		wg.Go(func() {
+			var err error
+			if held[i], err = x.tn.DB().Begin(x.ctx); err != nil {
+				t.Errorf("the second address serves: %v", err)
+			}
+		})
+	}
+	wg.Wait()
+	for _, tx := range held {
+		if tx != nil {
+			_ = tx.Rollback(x.ctx)
+		}
+	}
+	if s := x.stats(); s.Breaker != "closed" || x.strait.dials() == 0 {
+		t.Errorf("%+v, %d dials of the first address", s, x.strait.dials())
+	}
+}
+
+// TestRefusedCountsWhatIsBusy, and no failure to connect.
+func TestRefusedCountsWhatIsBusy(t *testing.T) {
+	t.Parallel()
+	x := newFaulty(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 300 * time.Millisecond, TenantConns: 2}})
+	x.strait.drop()
+	untilTrue(t, "the sessions are gone", func() bool { return len(x.pids()) == 0 })
+	held, err := x.tn.DB().Begin(x.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Rollback(context.Background())
+	x.strait.refuse()
+	if _, err = x.tn.DB().Exec(x.ctx, "SELECT 1"); !errors.Is(err, tenancy.ErrTenantUnavailable) || x.stats().Refused != 0 {
+		t.Errorf("%v; %+v", err, x.stats())
+	}
+	x.strait.calm()
+	untilTrue(t, "the second connection is open", func() bool { _, err := x.tn.DB().Exec(x.ctx, "SELECT 1"); return err == nil })
+	second, err := x.tn.DB().Begin(x.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Rollback(context.Background())
+	before := x.stats().Refused
+	if _, err = x.tn.DB().Exec(x.ctx, "SELECT 1"); !errors.Is(err, tenancy.ErrBusy) || x.stats().Refused != before+1 {
+		t.Errorf("%v; %+v", err, x.stats())
+	}
+}
+
+// TestAskingADeadConnectionIsOfTheTimeThatACallWaits: nothing answers, neither the connection that is asked nor a new one.
+func TestAskingADeadConnectionIsOfTheTimeThatACallWaits(t *testing.T) {
+	t.Parallel()
+	const ping, wait = time.Second, 2 * time.Second
+	x := newFaulty(t, tenancy.Config{Limits: tenancy.Limits{PingTimeout: ping, AcquireTimeout: wait},
+		PoolConfig: func(_ context.Context, _ tenancy.Tenant, cfg *pgxpool.Config) error {
+			cfg.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return true }
+			return nil
+		}})
+	x.warm(1)
+	x.strait.freeze()
+	began := time.Now()
+	_, err := x.tn.DB().Exec(x.ctx, "SELECT 1")
+	if took := time.Since(began); err == nil || took < wait || took >= wait+ping {
+		t.Errorf("%v after %v, want an error after %v", err, took, wait)
+	}
+}
+
 // TestAFloodedTenantIsRefusedAndTheOthersAreNot: one tenant is flooded with slow calls, then another one's server is frozen, beside a
 // third. Not parallel: it counts the goroutines of the process, and measures.
 func TestAFloodedTenantIsRefusedAndTheOthersAreNot(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -52,6 +53,67 @@ func TestATenantThatUsesUpTheBudgetCanBeSuspended(t *testing.T) {
 	}
 	if err := tn.Catalog().Suspend(t.Context(), id, tenancy.Suspension{Drain: time.Nanosecond}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestAFloodOfAUsedUpBudgetTakesNobodysLastConnection: it is idle between any two calls of the other tenant, and callers of the flooded one wait for a permit.
+func TestAFloodOfAUsedUpBudgetTakesNobodysLastConnection(t *testing.T) {
+	_, tn, flooded, acme := limited(t, tenancy.Config{Limits: tenancy.Limits{ServerConns: 18, PrimaryConns: 3, TenantConns: 10}})
+	globex := tenancytest.Create(t, tn, "globex")
+	other := entered(t, tn, globex.ID)
+	work := func() {
+		if _, err := tn.DB().Exec(other, "SELECT 1"); err != nil {
+			t.Error(err)
+		}
+	}
+	stats := func(of tenancy.ID) (found tenancy.TenantStats) {
+		for id, s := range tn.Stats() {
+			if id == of {
+				found = s
+			}
+		}
+		return found
+	}
+	work() // it has its connection
+	before := stats(globex.ID)
+	stop := make(chan struct{})
+	var flood sync.WaitGroup
+	for range 50 {
+		flood.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if _, err := tn.DB().Exec(flooded, "SELECT pg_sleep(0.005)"); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	defer flood.Wait()
+	defer close(stop)
+	longest, last := time.Duration(0), time.Now()
+	for calls := 0; calls < 300 || stats(acme).Starved == 0; calls++ {
+		work()
+		time.Sleep(2 * time.Millisecond)
+		longest, last = max(longest, time.Since(last)), time.Now()
+		if t.Failed() {
+			return
+		}
+	}
+	if longest >= time.Second {
+		t.Skipf("this machine stood still for %v, and who is not at work keeps nothing", longest)
+	}
+	if s := stats(globex.ID); s.Starved != 0 || s.Waits != before.Waits || s.Conns != 1 {
+		t.Errorf("the other tenant: %+v, before %+v", s, before)
+	}
+	for s := range tn.Servers() {
+		if s.Hungry == 0 {
+			t.Errorf("nobody waits for a permit: %+v", s)
+		}
 	}
 }
 

@@ -75,6 +75,7 @@ type tenantPool struct {
 	doubtMu sync.Mutex   // guards doubted
 	doubted time.Time    // when the login was last refused, and the catalog asked
 	crowded atomic.Int32 // attempts to connect in a row that the server had no connection left for
+	refused atomic.Int64 // calls that were ErrBusy
 
 	afterRelease func(*pgx.Conn) bool // the service's hook; nil: none
 

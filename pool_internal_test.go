@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/url"
 	"runtime"
 	"strconv"
@@ -18,6 +19,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/msmt-go/tenancy/internal/budget"
 	"github.com/msmt-go/tenancy/internal/pgembed"
 )
 
@@ -989,5 +991,30 @@ func TestAPoolMakesNoRoomBeforeItIsTheTenants(t *testing.T) {
 	p.built.Store(true)
 	if !p.evict() {
 		t.Error("a pool that was built makes no room")
+	}
+}
+
+// TestAVerbThatGotNoPermitIsBusy: pgconn gives its dialer ConnectTimeout, and makes an error of its own of a timeout.
+func TestAVerbThatGotNoPermitIsBusy(t *testing.T) {
+	s := newServers(Config{Limits: Limits{ServerConns: 8, Nodes: 1}, Logger: slog.New(slog.DiscardHandler)}.withDefaults())
+	cc, err := pgx.ParseConfig("postgres://u:p@127.0.0.1:5/d?sslmode=disable")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cc.ConnectTimeout = 50 * time.Millisecond
+	dial := s.of(cc.Host, cc.Port).Dialer(func(context.Context, string, string) (net.Conn, error) { near, _ := net.Pipe(); return near, nil })
+	for range (budget.Limits{Total: 8}).Shared() {
+		c, err := dial(t.Context(), "tcp", "nowhere:5")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	s.single(cc)
+	_, err = pgx.ConnectConfig(t.Context(), cc)
+	for name, got := range map[string]error{"the primary": unavailable("lock", err), "a server": withoutSecrets(err)} {
+		if !errors.Is(got, ErrBusy) || errors.Is(got, ErrPrimaryUnavailable) {
+			t.Errorf("%s: %v", name, got)
+		}
 	}
 }

@@ -47,7 +47,7 @@ func (p *tenantPool) stats(shared map[poolKey]slotStats) TenantStats {
 	return TenantStats{
 		Name: p.tenant.Name, Generation: p.tenant.Generation,
 		Conns: u.Conns, Busy: u.Busy, Waiting: u.Waiting, Breaker: p.breaker.state().String(),
-		Waits: u.Waits, WaitTime: u.Waited, Starved: u.Starved, Refused: u.Refused,
+		Waits: u.Waits, WaitTime: u.Waited, Starved: u.Starved, Refused: p.refused.Load(),
 	}
 }
 

@@ -45,7 +45,6 @@ type Account struct {
 	waits   atomic.Int64 // callers who had to wait
 	waited  atomic.Int64 // for how long, in ns
 	starved atomic.Int64 // times that a permit had to be waited for
-	refused atomic.Int64 // callers who found too many waiting, or waited in vain
 
 	// Guarded by server.mu.
 	waiters    []*waiter          // in the order in which they are called
@@ -140,7 +139,6 @@ func (a *Account) Enter(ctx context.Context, deadline time.Time, missed int) err
 	}
 	if n := a.waiting.Add(1); int(n) > a.cfg.Waiters && missed == 0 {
 		a.waiting.Add(-1)
-		a.refused.Add(1)
 		return ErrFull
 	}
 	w := a.server.waiters.Get().(*waiter)
@@ -254,7 +252,6 @@ func (a *Account) expire() {
 			a.expireLocked(w.deadline)
 			return false
 		}
-		a.refused.Add(1)
 		w.ready <- err
 		return true
 	})
@@ -418,7 +415,11 @@ func (s *Server) overdueLocked(a *Account) bool {
 	if b == nil {
 		return false
 	}
-	if now.Sub(b.since) <= b.patienceLocked(a) {
+	wait := patience
+	if above && b.belowFloor() { // a will not take it back
+		wait = 0
+	}
+	if now.Sub(b.since) <= wait {
 		return false
 	}
 	if !b.mayTakeFrom(a) {
@@ -439,14 +440,6 @@ func (a *Account) aboveFloor() bool {
 // lately.
 func (a *Account) needsFloorLocked() bool {
 	return connsOf(a.state.Load())-a.evicting <= a.cfg.Floor && a.used.Load() >= a.server.rested
-}
-
-// patienceLocked is how long a waits until a connection of b is its own. Those of accounts above their floor are, before.
-func (a *Account) patienceLocked(b *Account) time.Duration {
-	if !b.aboveFloor() && b.server.rich > 0 {
-		return 2 * patience
-	}
-	return patience
 }
 
 // mayTakeFrom says whether a has nothing, or would have no more than b after a connection has changed hands. Otherwise the two would take it
@@ -703,14 +696,13 @@ type Usage struct {
 	Waits                int64         // callers who waited for a connection, ever
 	Waited               time.Duration // the sum of their waits
 	Starved              int64         // times that the account had to wait for a permit
-	Refused              int64         // callers who were sent away
 }
 
 // Usage returns where the account stands. It takes no lock.
 func (a *Account) Usage() Usage {
 	s := a.state.Load()
 	u := Usage{Conns: connsOf(s), Busy: busyOf(s), Waiting: int(a.waiting.Load()), Waits: a.waits.Load(),
-		Waited: time.Duration(a.waited.Load()), Starved: a.starved.Load(), Refused: a.refused.Load()}
+		Waited: time.Duration(a.waited.Load()), Starved: a.starved.Load()}
 	if u.Conns >= unbounded {
 		u.Conns = u.Busy
 	}

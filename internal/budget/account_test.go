@@ -132,7 +132,7 @@ func TestEnterEndsAtTheDeadline(t *testing.T) {
 		if err != budget.ErrTimeout || time.Since(began) != 70*ms {
 			t.Errorf("%v after %v, want ErrTimeout alone after 70ms", err, time.Since(began))
 		}
-		if u := p.account.Usage(); u.Waiting != 0 || u.Refused != 1 || u.Waits != 2 || u.Waited != 70*ms {
+		if u := p.account.Usage(); u.Waiting != 0 || u.Waits != 2 || u.Waited != 70*ms {
 			t.Errorf("%+v", u)
 		}
 		p.give(held)
@@ -435,7 +435,7 @@ func TestEnterOfAFullLineFailsAtOnceAndTakesNoLock(t *testing.T) {
 		}
 	})
 	unlock()
-	if u := p.account.Usage(); u.Refused != 1 || u.Waiting != 100 {
+	if u := p.account.Usage(); u.Waiting != 100 {
 		t.Errorf("%+v", u)
 	}
 	p.give(held)

@@ -41,8 +41,8 @@ var (
 const (
 	// Cancels is the number of cancel requests that may be under way at once at one server, out of Limits.Total.
 	Cancels = 2
-	// patience is how long an account waits before another one's connection is taken from between two of its callers, and how long a
-	// new connection is kept for the account that it was made for: changing hands costs a connect.
+	// patience is how long an account waits before another one's connection is taken from between two of its callers, unless it is below its floor and that one
+	// above, and how long a new connection is kept for the account that it was made for: changing hands costs a connect.
 	patience = 20 * time.Millisecond
 	// rest is how long an account is unused before its floor makes room for those who have theirs. It may take up to twice as long.
 	rest = time.Second
@@ -255,7 +255,7 @@ func (s *Server) takesFloorLocked(a *Account) bool {
 	if b == nil || len(s.works)+s.poor.len() <= coming || !b.mayTakeFrom(a) {
 		return false
 	}
-	if wait := b.patienceLocked(a) - time.Since(b.since); s.rich > 0 && wait >= 0 {
+	if wait := patience - time.Since(b.since); s.rich > 0 && wait >= 0 {
 		s.lookLocked(wait + 1)
 		return false
 	}

@@ -17,7 +17,10 @@ import (
 func TestStressTheServerNeverSeesMoreSocketsThanPermits(t *testing.T) {
 	for range rounds {
 		synctest.Test(t, func(t *testing.T) {
-			w := newWorld(t, 5+rand.IntN(16))
+			work := rand.IntN(4)
+			shared := work + 2 + rand.IntN(16)
+			w := newWorld(t, shared)
+			w.Server = budget.NewServer(budget.Limits{Total: shared + 1 + budget.Cancels, Own: 1, Work: work})
 			for _, b := range []*backend{w.b, w.own, w.cancels} {
 				b.jitter = true
 				b.slow(rand.N(5*time.Millisecond), rand.N(20*time.Millisecond))
@@ -29,12 +32,23 @@ func TestStressTheServerNeverSeesMoreSocketsThanPermits(t *testing.T) {
 				if rand.IntN(3) > 0 {
 					p.patient = time.Minute
 				}
+				if rand.IntN(3) == 0 {
+					p.patient = time.Minute
+					p.connect = func(making context.Context) (time.Duration, error) {
+						if c := p.pop(); c != nil {
+							p.put(c)
+							return 0, nil
+						}
+						return p.twoAddresses(making, p.dial)
+					}
+				}
 				for range 1 + rand.IntN(8) {
 					st.Go(func() { st.caller(p) })
 				}
 				st.Go(func() { st.background(p) })
 			}
 			st.Go(st.others)
+			st.watch()
 			st.Wait()
 			w.end()
 			if st.served.Load() == 0 {
@@ -47,9 +61,9 @@ func TestStressTheServerNeverSeesMoreSocketsThanPermits(t *testing.T) {
 	}
 }
 
-// storm is what happens to a world at random.
 var rounds = 20
 
+// storm is what happens to a world at random.
 type storm struct {
 	*world
 	sync.WaitGroup
@@ -58,6 +72,25 @@ type storm struct {
 }
 
 func (st *storm) lasts() bool { return time.Now().Before(st.until) }
+
+// watch looks whether somebody is stuck, at moments when nothing runs, until the storm is over. For a moment somebody may be: what becomes idle on its
+// way to somebody else is offered when that one leaves.
+func (st *storm) watch() {
+	var what string
+	var since time.Time
+	for st.lasts() {
+		time.Sleep(rand.N(3 * time.Millisecond))
+		synctest.Wait()
+		now := st.Stuck()
+		if now != what {
+			what, since = now, time.Now()
+		}
+		if what != "" && time.Since(since) > 30*time.Millisecond {
+			st.t.Errorf("for %v %s", time.Since(since), what)
+			return
+		}
+	}
+}
 
 func (st *storm) caller(p *pool) {
 	for st.lasts() {
