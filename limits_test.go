@@ -190,7 +190,7 @@ func TestABuilderMayConnect(t *testing.T) {
 
 // TestABuilderThatLowersMaxConnsIsHeeded: what its pool has not is not asked of it, and is no outage.
 func TestABuilderThatLowersMaxConnsIsHeeded(t *testing.T) {
-	_, tn, ctx, id := limited(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 300 * time.Millisecond, ConnectTimeout: 100 * time.Millisecond, PingTimeout: 50 * time.Millisecond},
+	_, tn, ctx, id := limited(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 500 * time.Millisecond},
 		PoolBuilder: tenancy.PoolBuilderFunc(func(ctx context.Context, who tenancy.Tenant, cfg *pgxpool.Config) (*pgxpool.Pool, error) {
 			if who.Name == "acme" {
 				cfg.MaxConns = 1
