@@ -31,7 +31,7 @@ func TestATenantMovesToAPlaceThatIsBehind(t *testing.T) {
 	t.Parallel()
 	first, second, third := releases()
 	f := tenancytest.NewFleet(t)
-	old := f.Open(t, tenancy.Config{Migrations: first, Isolation: tenancy.IsolationSchema})
+	old := f.Open(t, tenancy.Config{Migrations: first})
 	acme, globex := tenancytest.Create(t, old, "acme"), tenancytest.Create(t, old, "globex")
 	here, there := sourceOf(t, old, acme.ID), prepare(t, old, acme.ID, "")
 	for release, step := range []struct {
@@ -151,4 +151,14 @@ func TestAPlaceThatCannotBeBroughtUpIsNotTaken(t *testing.T) {
 		t.Error(err)
 	}
 	wantPlace(t, f, acme.ID, behind)
+
+	// One that a process has left marked, and whose migration is whole, is looked at before it is the tenant's.
+	change(t, f, "primary", `UPDATE tenancy.data_sources SET migrating = 3 WHERE schema = $1`, beyond.Schema)
+	if err := v3.Catalog().SetDataSource(t.Context(), acme.ID, beyond); err != nil {
+		t.Error(err)
+	}
+	wantPlace(t, f, acme.ID, beyond)
+	if status, err := m.Status(t.Context()); err != nil || len(status.Dirty) != 0 {
+		t.Errorf("the tenant is dirty where it has moved: %+v, %v", status, err)
+	}
 }
