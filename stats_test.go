@@ -132,6 +132,27 @@ func TestFiguresOfAServerCountCallsWithoutAConnection(t *testing.T) {
 		}
 	}
 
+	// The other tenant has the one connection of the shared pool: a wait in its line is counted once.
+	if err := tn.Catalog().SetDense(t.Context(), globex.ID, true); err != nil {
+		t.Fatal(err)
+	}
+	other := tenancytest.Context(t, tn, "globex")
+	held, err := tn.DB().Begin(other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, _ := serverStats(t, tn, acme.ID)
+	hurried, cancel := context.WithTimeout(tenancytest.Context(t, tn, "acme"), 20*time.Millisecond)
+	defer cancel()
+	_, err = tn.DB().Exec(hurried, "select 1")
+	wantError(t, err, context.DeadlineExceeded, "while the call waited in line", `"acme"`)
+	if s, _ := serverStats(t, tn, acme.ID); s.Waits != first.Waits+1 || s.Canceled != first.Canceled+1 {
+		t.Errorf("one call waited for another tenant's: %+v, before %+v", s, first)
+	}
+	if err := held.Rollback(other); err != nil {
+		t.Error(err)
+	}
+
 	// The pool goes, and with it the tenant's figures. The server's stay.
 	before, _ := serverStats(t, tn, acme.ID)
 	if err := tn.Catalog().SetDense(t.Context(), acme.ID, false); err != nil {
