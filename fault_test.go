@@ -1166,7 +1166,7 @@ func TestALoginThatIsFullIsWaitedFor(t *testing.T) {
 // TestAServerThatIsFullIsWaitedFor: others have taken all its connections.
 func TestAServerThatIsFullIsWaitedFor(t *testing.T) {
 	t.Parallel()
-	x, _ := newFaultyServer(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 2 * time.Second}}, map[string]string{"max_connections": "20"})
+	x, _ := newFaultyServer(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 2 * time.Second}}, map[string]string{"max_connections": "20", "superuser_reserved_connections": "0"})
 	x.neighbourAtWork()
 	var others []*pgx.Conn
 	fill := func() {
@@ -1189,6 +1189,30 @@ func TestAServerThatIsFullIsWaitedFor(t *testing.T) {
 		}
 		others = nil
 	})
+
+	// A connection that another tenant of this node does not use makes room, though the node's own budget has some left.
+	initech, err := x.tn.Catalog().Create(t.Context(), tenancy.NewTenant{Name: "initech", Server: "far"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	idle := entered(t, x.tn, initech.ID)
+	if _, err := x.tn.DB().Exec(idle, `SELECT 1`); err != nil {
+		t.Fatal(err)
+	}
+	for range max(x.stats().Conns, 1) {
+		held, err := x.tn.DB().Begin(x.ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer held.Rollback(x.ctx)
+	}
+	fill()
+	if _, err := x.tn.DB().Exec(x.ctx, insert, "in another's place"); err != nil {
+		t.Error(err)
+	}
+	for _, conn := range others {
+		_ = conn.Close(t.Context())
+	}
 }
 
 // fullAndRoomy has acme wait for a second connection at a server that is full, once in vain and once until there is room.
