@@ -723,12 +723,31 @@ func TestARestartLosesNoAcknowledgedWrite(t *testing.T) {
 	x, server := newFaultyServer(t, tenancy.Config{}, map[string]string{"synchronous_commit": "on"})
 	x.neighbourAtWork()
 	for i := range 2 * restarts {
-		immediate := i%2 == 1
-		x.restartUnderLoad(server, immediate, fmt.Sprint("restart ", i))
+		if lost := x.restartUnderLoad(server, i%2 == 1, fmt.Sprint("restart ", i)); lost > 0 {
+			t.Errorf("%d acknowledged writes are lost", lost)
+		}
 	}
 }
 
-func (x *faulty) restartUnderLoad(server *pgembed.Server, immediate bool, name string) {
+// TestARestartThatLosesWritesIsFoundOut is the control of the one before: a server that answers before it has written loses what it has answered, and
+// that is found, in ten restarts if not in the first.
+func TestARestartThatLosesWritesIsFoundOut(t *testing.T) {
+	if os.Getenv("TENANCY_LONG") != "1" {
+		t.Skip("TENANCY_LONG=1 runs it")
+	}
+	t.Parallel()
+	x, server := newFaultyServer(t, tenancy.Config{}, map[string]string{"synchronous_commit": "off", "wal_writer_delay": "10s"})
+	x.neighbourAtWork()
+	for i := range 10 {
+		if x.restartUnderLoad(server, true, fmt.Sprint("restart ", i)) > 0 {
+			return
+		}
+	}
+	t.Error("no loss was found: the test before this one proves nothing")
+}
+
+// restartUnderLoad returns how many writes are lost that were acknowledged.
+func (x *faulty) restartUnderLoad(server *pgembed.Server, immediate bool, name string) (lost int) {
 	x.Helper()
 	var (
 		mu           sync.Mutex // guards the fields below
@@ -799,7 +818,6 @@ func (x *faulty) restartUnderLoad(server *pgembed.Server, immediate bool, name s
 	if _, err := pgx.ForEachRow(rows, []any{&title, &n}, func() error { there[title] = n; return nil }); err != nil {
 		x.Fatal(err)
 	}
-	lost := 0
 	for _, title := range acknowledged {
 		if there[title] == 0 {
 			lost++
@@ -810,15 +828,13 @@ func (x *faulty) restartUnderLoad(server *pgembed.Server, immediate bool, name s
 			x.Errorf("%s: written %d times", title, n)
 		}
 	}
-	if lost > 0 {
-		x.Errorf("%d of %d acknowledged writes are lost", lost, len(acknowledged))
-	}
 	back := lastFailure.Sub(up)
 	x.Logf("immediate %v: %d acknowledged, %d lost, %d written without an answer; failures: %v; the last one %v after the server was up",
-		immediate, len(acknowledged), lost, len(there)-len(acknowledged), failed, back.Round(time.Millisecond))
+		immediate, len(acknowledged), lost, len(there)-(len(acknowledged)-lost), failed, back.Round(time.Millisecond))
 	if back > 5*time.Second {
 		x.Errorf("service was back %v after the server", back)
 	}
+	return lost
 }
 
 // TestASessionThatTheServerEndsTakesTheOthersAlong: they are as old, and would be the next.
@@ -854,21 +870,30 @@ func TestAServerThatIsDownIsNotAskedByEveryCall(t *testing.T) {
 		spoil()
 		x.openBreaker()
 		dials, began := x.strait.dials(), time.Now()
-		var took []time.Duration
-		for len(took) < 100 || time.Since(began) < 3*time.Second {
+		seconds := [3][]time.Duration{} // what the calls of each took
+		for time.Since(began) < 3*time.Second || len(seconds[2]) < 100 {
 			start := time.Now()
 			_, err := x.tn.DB().Exec(x.ctx, `SELECT 1`)
-			took = append(took, time.Since(start))
+			now := min(int(start.Sub(began)/time.Second), 2)
+			seconds[now] = append(seconds[now], time.Since(start))
 			wantError(t, err, tenancy.ErrTenantUnavailable)
 			if e, ok := errors.AsType[*tenancy.Error](err); !ok || e.RetryAfter <= 0 || e.Tenant != x.acme.ID {
 				t.Fatalf("%#v", err)
 			}
 		}
 		dials = x.strait.dials() - dials
-		slices.Sort(took)
-		t.Logf("%d calls in %v: p50 %v, p99 %v, slowest %v; %d dials", len(took), time.Since(began).Round(time.Millisecond), took[len(took)/2], took[len(took)*99/100], took[len(took)-1], dials)
-		if median := took[len(took)/2]; median > 5*time.Millisecond {
-			t.Errorf("the median call took %v to fail", median)
+		// Of 100 calls 99 are refused within 5 ms. The one may make the attempt. Whatever else the machine does can take more of a second, and does not of each.
+		best := time.Duration(math.MaxInt64)
+		for _, took := range seconds {
+			if n := len(took); n >= 100 {
+				slices.Sort(took)
+				best = min(best, took[n*99/100])
+				t.Logf("%d calls in a second: p50 %v, p99 %v, slowest %v", n, took[n/2], took[n*99/100], took[n-1])
+			}
+		}
+		t.Logf("%d dials in %v", dials, time.Since(began).Round(time.Millisecond))
+		if best > 5*time.Millisecond {
+			t.Errorf("in no second 99 of 100 calls were refused within 5 ms; in the best one within %v", best)
 		}
 		if most := 2 + int(time.Since(began)/time.Second); dials > most {
 			t.Errorf("%d dials, want at most %d", dials, most)
@@ -1265,10 +1290,10 @@ func TestALoginThatIsFullIsWaitedFor(t *testing.T) {
 func TestAServerThatIsFullIsWaitedFor(t *testing.T) {
 	t.Parallel()
 	var log logged
-	x, _ := newFaultyServer(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 2 * time.Second}, Logger: log.logger()}, map[string]string{"max_connections": "20"})
+	x, _ := newFaultyServer(t, tenancy.Config{Limits: tenancy.Limits{AcquireTimeout: 2 * time.Second}, Logger: log.logger()}, map[string]string{"max_connections": "20", "superuser_reserved_connections": "0"})
 	x.neighbourAtWork()
 	var others []*pgx.Conn
-	x.fullAndRoomy("server", func() {
+	fill := func() {
 		for {
 			conn, err := pgx.Connect(t.Context(), x.adminURL)
 			if sqlState(err) == "53300" {
@@ -1279,12 +1304,14 @@ func TestAServerThatIsFullIsWaitedFor(t *testing.T) {
 			}
 			others = append(others, conn)
 		}
-	}, func() {
+	}
+	x.fullAndRoomy("server", fill, func() {
 		for _, conn := range others {
 			if err := conn.Close(t.Context()); err != nil {
 				t.Error(err)
 			}
 		}
+		others = nil
 	})
 	s, _ := serverStats(t, x.tn, x.acme.ID)
 	if s.TooManyConns < 3 || s.ConnectFailures < s.TooManyConns || s.Refused != 1 || s.Connects < 2 {
@@ -1295,6 +1322,30 @@ func TestAServerThatIsFullIsWaitedFor(t *testing.T) {
 	}
 	if s, _ := serverStats(t, x.tn, x.globex.ID); s.TooManyConns != 0 || s.ConnectFailures != 0 {
 		t.Errorf("the other server: %+v", s)
+	}
+
+	// A connection that another tenant of this node does not use makes room, though the node's own budget has some left.
+	initech, err := x.tn.Catalog().Create(t.Context(), tenancy.NewTenant{Name: "initech", Server: "far"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	idle := entered(t, x.tn, initech.ID)
+	if _, err := x.tn.DB().Exec(idle, `SELECT 1`); err != nil {
+		t.Fatal(err)
+	}
+	for range max(x.stats().Conns, 1) {
+		held, err := x.tn.DB().Begin(x.ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer held.Rollback(x.ctx)
+	}
+	fill()
+	if _, err := x.tn.DB().Exec(x.ctx, insert, "in another's place"); err != nil {
+		t.Error(err)
+	}
+	for _, conn := range others {
+		_ = conn.Close(t.Context())
 	}
 }
 
