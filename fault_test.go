@@ -266,7 +266,12 @@ func TestWhatWasNeverSentIsSentOnce(t *testing.T) {
 		return x.tn.DB().SendBatch(x.ctx, b).Close()
 	}
 	calls["WithConn"] = func(title string) error {
-		return x.tn.DB().WithConn(x.ctx, func(ctx context.Context, conn *pgx.Conn) error { _, err := conn.Exec(ctx, insert, title); return err })
+		before := x.strait.leftBy()
+		err := x.tn.DB().WithConn(x.ctx, func(ctx context.Context, conn *pgx.Conn) error { _, err := conn.Exec(ctx, insert, title); return err })
+		if err == nil {
+			untilTrue(t, "its session is gone", func() bool { return x.strait.leftBy() > before }) // or it counts among those that are ended next
+		}
+		return err
 	}
 	const conns = 4
 	for how, end := range map[string]func(){
