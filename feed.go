@@ -50,7 +50,7 @@ const (
 	nodeSilence   = 5 * time.Second           // a node that has been silent for so long is not waited for
 	slowestPoll   = nodeSilence - time.Second // or a node that lives could be silent for so long, or be told too late
 	listenPing    = 5 * time.Second
-	syncTimeout   = 3 * time.Second // of one reading and its application; others wait for it
+	syncTimeout   = 3 * time.Second // of one reading and its application, for which others wait; and of LISTEN
 )
 
 func newFeed(tn *Tenancy) *feed {
@@ -364,7 +364,10 @@ func (f *feed) listenOnce() (listened bool, err error) {
 		return false, err
 	}
 	defer closeConn(conn)
-	if _, err := conn.Exec(f.ctx, `LISTEN tenancy`); err != nil {
+	ctx, cancel := context.WithTimeout(f.ctx, syncTimeout)
+	_, err = conn.Exec(ctx, `LISTEN tenancy`)
+	cancel()
+	if err != nil {
 		return false, err
 	}
 	for {

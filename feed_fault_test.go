@@ -35,7 +35,7 @@ func TestASilentListenConnectionIsReplaced(t *testing.T) {
 	lost := make(chan time.Time, 100)
 	far := *f
 	far.PrimaryURL = way.url
-	node := far.Open(t, tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 10 * time.Second}, Logger: slog.New(eachLine(func(line string) {
+	node := far.Open(t, tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 4 * time.Second}, Logger: slog.New(eachLine(func(line string) {
 		if strings.HasPrefix(line, "tenancy: the notification connection was lost") {
 			lost <- time.Now()
 		}
@@ -73,11 +73,38 @@ func TestASilentListenConnectionIsReplaced(t *testing.T) {
 		t.Fatal("a notification connection that is silent is not found out")
 	}
 	until(t, 5*time.Second, tenancy.ErrForbidden.Error(), func() string { return ask("bob") })
-	untilTrue(t, "it listens again", func() bool { return scan[int](t, primary, sessions) == 3 }) // the server has not eachLine that the muted one is closed
+	untilTrue(t, "it listens again", func() bool { return scan[int](t, primary, sessions) == 3 }) // the server has not heard that the muted one is closed
 	leave("carol", globex.ID)
 	took := until(t, 5*time.Second, tenancy.ErrForbidden.Error(), func() string { return ask("carol") })
 	t.Logf("a change over the new one after %v", took.Round(time.Millisecond))
 	way.calm()
+}
+
+// TestAListenWithoutAnAnswerIsTriedAgain: the server freezes for that connection alone, after the login.
+func TestAListenWithoutAnAnswerIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	f := tenancytest.NewFleet(t)
+	f.Open(t, tenancy.Config{}) // makes the primary's schema
+	way := newStrait(t, f.PrimaryURL)
+	way.mark("LISTEN tenancy")
+	way.set(func() { way.muted = true })
+	far := *f
+	far.PrimaryURL = way.url
+	lost := make(chan string, 100)
+	far.Open(t, tenancy.Config{Logger: slog.New(eachLine(func(line string) {
+		if strings.HasPrefix(line, "tenancy: the notification connection was lost") {
+			lost <- line
+		}
+	}))})
+	select {
+	case <-lost:
+	case <-time.After(10 * time.Second):
+		t.Error("it is waited for without end")
+	}
+	way.calm()
+	sessions := `SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tenancy feed' AND datname = current_database() AND query = 'LISTEN tenancy'`
+	primary := f.Admin(t, "primary")
+	untilTrue(t, "both nodes listen", func() bool { return scan[int](t, primary, sessions) >= 2 })
 }
 
 // TestTheValidityJobOutlivesAPanicAndNeverRunsTwiceAtOnce: what panics in it, or takes longer than to its next time, is the service's own log, which it

@@ -620,7 +620,7 @@ func testRotationsBehindAPooler(t *testing.T, as tenancy.Isolation) {
 func TestANewPasswordIsReadWhenAPoolerRefusesTheOldOne(t *testing.T) {
 	t.Parallel()
 	f, b, setup, acme, globex := pooledFleet(t, tenancy.Config{}, "")
-	w, tn := watchedNode(t, f, tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 10 * time.Second}})
+	w, tn := watchedNode(t, f, tenancy.Config{Lookups: tenancy.LookupConfig{PollPeriod: 4 * time.Second}})
 	w.deafen()
 	ctx, other := tenancytest.Context(t, tn, acme.Name), tenancytest.Context(t, tn, globex.Name)
 	d := sourceOf(t, setup, acme.ID)
