@@ -89,8 +89,8 @@ func isFull(err error) bool { return isState(err, "53300") }
 
 // do runs an attempt, or refuses it with the failure of the last one.
 func (b *breaker) do(attempt func() error) error {
-	err := b.try(attempt)
-	for errors.Is(err, gobreaker.ErrTooManyRequests) && b.probing() {
+	began, err := time.Now(), b.try(attempt)
+	for errors.Is(err, gobreaker.ErrTooManyRequests) && b.probing() && time.Since(began) < probePatience {
 		time.Sleep(noPermitPause)
 		err = b.try(attempt)
 	}
