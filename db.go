@@ -250,9 +250,9 @@ func (db *TenantAwareDB) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchR
 	br := c.on().SendBatch(ctx, b)
 	kept = true
 	if inner := br.Tx(); inner != nil {
-		return &leasedBatch{BatchResults: toldBatch{br, ctx}, tx: &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}}
+		return &leasedBatch{toldBatch: toldBatch{br, ctx}, tx: &guardedTx{Tx: inner, pool: c.pool, visit: visitOf(ctx), c: c}}
 	}
-	return &leasedBatch{BatchResults: toldBatch{br, ctx}, c: c}
+	return &leasedBatch{toldBatch: toldBatch{br, ctx}, c: c}
 }
 
 // CopyFrom copies rows into a table and returns their number, as [pgx.Conn.CopyFrom] does. tableName needs no schema: an
@@ -703,14 +703,14 @@ func (r *leasedRow) Scan(dest ...any) error {
 // leasedBatch is a [pgx.BatchResults] that give their connection back when they are closed, or
 // leave that to the transaction which the batch began.
 type leasedBatch struct {
-	pgx.BatchResults
+	toldBatch
 	c  checkout
 	tx *guardedTx // nil: none, and c is ours
 }
 
 func (b *leasedBatch) Close() error {
 	defer b.c.release() // also when a callback panics: the connection is busy then, and closed
-	err := b.BatchResults.Close()
+	err := b.toldBatch.Close()
 	if b.tx != nil {
 		b.tx.closeIfOver()
 	}

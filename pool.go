@@ -28,8 +28,8 @@ import (
 // the same pool for two tenants is refused with [ErrIdentity]. One made from other settings than cfg
 // works, but each of its connections has to prove at its first use that it is the tenant's own, no budget
 // counts them, and a forced [Tenancy.Close] cannot cut its sockets. cfg holds the tenant's password, and its MaxConns
-// is twice the tenant's, because what is broken keeps its place for a while: what bounds a tenant stands before its pool, and is
-// lowered to half of what the pool has.
+// is twice the tenant's, because what is broken keeps its place for a while: what bounds a tenant stands before its pool. A pool of
+// less than the tenant's own lowers that too.
 //
 // ctx ends with the building, carries nothing of the caller who needed the pool first, and bounds
 // nothing afterwards. Calls for different tenants run at the same time.
@@ -143,7 +143,7 @@ func (m *poolMaker) fill(ctx context.Context, p *tenantPool, source DataSource) 
 	if err := m.claim(p); err != nil {
 		return err
 	}
-	p.account.Lower(int(p.pool.Stat().MaxConns() / 2))
+	p.account.Lower(int(p.pool.Stat().MaxConns()))
 	p.built.Store(true)
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/msmt-go/tenancy"
@@ -146,6 +147,12 @@ func (m *machine) move(s *subject, node int, _ tenancy.UserKey) {
 	s.stays = append(s.stays, stay{schema: place.Schema, login: place.User, from: time.Now()})
 	s.mu.Unlock()
 	if err := catalog.SetDataSource(context.Background(), s.id, place); err != nil {
+		if node == 0 && errors.Is(err, tenancy.ErrInvalid) && strings.Contains(err.Error(), "Config.Migrations do not have") { // the tenant is where the newer node has brought it
+			s.mu.Lock()
+			s.stays = s.stays[:len(s.stays)-1]
+			s.mu.Unlock()
+			return
+		}
 		m.found(failed, "move %s: %v", s.name, err)
 		return
 	}
