@@ -13,8 +13,25 @@ import (
 	"github.com/msmt-go/tenancy/internal/budget"
 )
 
-// markKey is where a connection carries its proof.
+// markKey is where a connection that the budget has not dialled carries its proof.
 const markKey = "github.com/msmt-go/tenancy.proof"
+
+// proofOf returns what a connection carries as its proof; nil: nothing. It is asked for at each call.
+func proofOf(pg *pgconn.PgConn) any {
+	if c := budget.Of(pg.Conn()); c != nil {
+		return c.Proof
+	}
+	return pg.CustomData()[markKey]
+}
+
+// carry has a connection carry its proof.
+func (m *proof) carry(pg *pgconn.PgConn) {
+	if m.conn = budget.Of(pg.Conn()); m.conn != nil {
+		m.conn.Proof = m
+		return
+	}
+	pg.CustomData()[markKey] = m
+}
 
 // proof says which pool a connection was proved for. A connection of another tenant, generation or realm is another pool's.
 type proof struct {
@@ -214,7 +231,7 @@ func (p *tenantPool) takeOut(ctx context.Context) (*pgxpool.Conn, error) {
 
 // check looks at a connection's proof, and asks one that was unused for long whether it lives.
 func (p *tenantPool) check(ctx context.Context, conn *pgx.Conn) error {
-	data := conn.PgConn().CustomData()[markKey]
+	data := proofOf(conn.PgConn())
 	mark, ok := data.(*proof)
 	switch {
 	case data == nil:
@@ -251,9 +268,7 @@ func (p *tenantPool) proveWithin(ctx context.Context, conn *pgx.Conn) error {
 func (p *tenantPool) release(conn *pgxpool.Conn) {
 	c := conn.Conn()
 	if c.IsClosed() || c.PgConn().IsBusy() || c.PgConn().TxStatus() != 'I' { // the pool closes it
-		if mark, ok := c.PgConn().CustomData()[markKey].(*proof); ok && mark.conn != nil {
-			mark.conn.Doom()
-		}
+		doom(c)
 	} else if p.afterRelease != nil {
 		go func() {
 			defer p.account.Leave()

@@ -139,7 +139,7 @@ func (p *tenantPool) prove(ctx context.Context, conn *pgx.Conn) error {
 	if err := ask(ctx, pg); err != nil {
 		return err
 	}
-	pg.CustomData()[markKey] = &proof{pool: p, conn: budget.Of(pg.Conn())}
+	(&proof{pool: p}).carry(pg)
 	return nil
 }
 

@@ -279,7 +279,10 @@ func (p *tenantPool) guard(cfg *pgxpool.Config, pins pins) {
 		if ping != nil {
 			doubtful = ping(ctx, params)
 		}
-		mark, _ := params.Conn.PgConn().CustomData()[markKey].(*proof)
+		if !doubtful && budget.TellsUnheard { // as nearly always
+			return false
+		}
+		mark, _ := proofOf(params.Conn.PgConn()).(*proof)
 		if mark == nil {
 			return doubtful
 		}

@@ -218,7 +218,7 @@ func TestEveryTenantReadsItsOwnRowsAndNoOthers(t *testing.T) {
 
 // hasProved says whether conn carries p's proof.
 func (p *tenantPool) hasProved(conn *pgx.Conn) bool {
-	mark, _ := conn.PgConn().CustomData()[markKey].(*proof)
+	mark, _ := proofOf(conn.PgConn()).(*proof)
 	return mark != nil && mark.pool == p
 }
 

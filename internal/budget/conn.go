@@ -25,6 +25,7 @@ const (
 // Conn is a socket that holds a permit until the server has closed its end: only then is the connection gone there too.
 type Conn struct {
 	net.Conn
+	Proof   any      // what its user knows of it, for whoever has the connection at the moment
 	account *Account // nil: not an account's
 	route   *Route   // nil likewise
 	server  *Server
@@ -224,14 +225,15 @@ func (c *Conn) SetWriteDeadline(t time.Time) error {
 // Of returns the Conn under c, which may be TLS and others over it; nil when there is none.
 func Of(c net.Conn) *Conn {
 	for {
+		if conn, ok := c.(*Conn); ok {
+			return conn
+		}
 		over, ok := c.(interface{ NetConn() net.Conn })
 		if !ok {
-			break
+			return nil
 		}
 		c = over.NetConn()
 	}
-	conn, _ := c.(*Conn)
-	return conn
 }
 
 // Route is the way of one connection to its server: a dialer for it, and, once it is established, for its cancel requests.
