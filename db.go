@@ -618,8 +618,8 @@ func (r *leasedRows) TypeMap() *pgtype.Map {
 
 func (r *leasedRows) Close() {
 	r.Rows.Close()
-	if r.c.conn != nil {
-		r.err = told(r.ctx, r.Rows.Err(), r.c.conn.Conn().IsClosed())
+	if err := r.Rows.Err(); err != nil && r.c.conn != nil {
+		r.err = told(r.ctx, err, r.c.conn.Conn().IsClosed())
 	}
 	r.c.release()
 }

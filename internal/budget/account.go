@@ -148,8 +148,9 @@ func (a *Account) Enter(ctx context.Context, deadline time.Time, missed int) err
 		a.waits.Add(1)
 		a.totals.Waits.Add(1)
 		err = a.await(ctx, w)
-		a.waited.Add(int64(time.Since(w.since)))
-		a.totals.Waited.Add(int64(time.Since(w.since)))
+		took := int64(time.Since(w.since))
+		a.waited.Add(took)
+		a.totals.Waited.Add(took)
 	}
 	a.waiting.Add(-1)
 	a.server.waiters.Put(w)
