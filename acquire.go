@@ -95,7 +95,7 @@ func (p *tenantPool) acquireBy(ctx context.Context, until func() time.Time) (*pg
 		case errors.Is(err, errDead):
 			p.pool.Reset() // the others are as old, and asking each of them would take as long
 			missed = 1
-			if ping, ok := errors.AsType[*unansweredPing](err); ok && deadline.IsZero() { // it is of the time that the call waits
+			if ping, ok := errors.AsType[*unansweredPing](err); ok && deadline.IsZero() && p.slot == 0 { // it is of the time that the call waits
 				if deadline = until(); !deadline.IsZero() {
 					deadline = deadline.Add(-ping.took)
 				}
@@ -147,7 +147,9 @@ func (p *tenantPool) enter(ctx context.Context, deadline time.Time, missed int) 
 	case err != nil && err == ctx.Err():
 		return &leftLine{err}
 	case errors.Is(err, budget.ErrFull):
-		err = hinted(ErrBusy, "%d calls wait for one of its connections already (Limits.TenantWaiters)", p.limits.TenantWaiters)
+		if err = p.breaker.trouble(); err == nil {
+			err = hinted(ErrBusy, "%d calls wait for one of its connections already (Limits.TenantWaiters)", p.limits.TenantWaiters)
+		}
 	case errors.Is(err, budget.ErrTimeout):
 		err = p.waitedInVain(err)
 	}

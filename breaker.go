@@ -14,9 +14,9 @@ import (
 )
 
 const (
-	breakerFailures = 3           // failures to connect, one after the other, that open it
-	breakerPause    = time.Second // until the next attempt; up to half of it more, so that tenants of one server do not ask it together
-	probePatience   = time.Second // how long the others wait for the outcome of the one attempt that is let through: a server that is up answers sooner
+	breakerFailures = 3                      // failures to connect, one after the other, that open it
+	breakerPause    = time.Second            // until the next attempt; up to half of it more, so that tenants of one server do not ask it together
+	probePatience   = 100 * time.Millisecond // how long the others wait for the outcome of the one attempt that is let through: a server that is up answers sooner
 )
 
 // breaker stands before the attempts to connect to one data source. After breakerFailures of them in a row it refuses at once, and lets
@@ -151,6 +151,14 @@ func (b *breaker) tell() {
 // open returns the error of an attempt if it would be refused now.
 func (b *breaker) open() error {
 	if b.cb.State() != gobreaker.StateOpen {
+		return nil
+	}
+	return b.refusal()
+}
+
+// trouble returns the error of an attempt that would be refused, or may be: until one has succeeded.
+func (b *breaker) trouble() error {
+	if b.state() == gobreaker.StateClosed {
 		return nil
 	}
 	return b.refusal()

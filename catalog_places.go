@@ -251,9 +251,12 @@ func (c *Catalog) bringUp(ctx context.Context, now, to *place) error {
 const closeAgainTimeout = 20 * time.Second
 
 // closeAgain closes a place of a tenant that is out of service, which was opened to be proved. The validity job does it where this
-// fails, and where the tenant's lock was lost: another node may have resumed the tenant since. fenced says whether the tenant's other places
+// fails, and where the tenant's lock was lost or the verb was overtaken: another node may have resumed the tenant since. fenced says whether the tenant's other places
 // were closed before p was opened, so that all are.
 func (c *Catalog) closeAgain(ctx context.Context, p *place, fenced bool, err error) error {
+	if errors.Is(err, errOvertaken) { // whether it is to be closed is another's to know by now, see fenceOvertaken
+		return err
+	}
 	ctx, cancel := afterwards(ctx, closeAgainTimeout)
 	defer cancel()
 	failed := context.Cause(ctx)

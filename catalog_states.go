@@ -273,7 +273,7 @@ func (c *Catalog) reopen(ctx context.Context, op string, p *place, from ...State
 	if err := c.openPlace(ctx, p); err != nil {
 		return fail(err)
 	}
-	return c.write(ctx, op, id, func(tx pgx.Tx) error {
+	err := c.write(ctx, op, id, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `UPDATE tenancy.tenants SET state = 'active', message = '', retry_after = 0, fenced = NULL, deleted = NULL, quarantine = DEFAULT,
 			generation = generation + 1, updated = now() WHERE id = $1 AND state = $2 AND generation = $3`, id, p.tenant.State, p.tenant.Generation)
 		if err != nil {
@@ -287,6 +287,8 @@ func (c *Catalog) reopen(ctx context.Context, op string, p *place, from ...State
 		}
 		return changed(ctx, tx, "tenant", id, "")
 	})
+	c.fenceOvertaken(ctx, id, err)
+	return err
 }
 
 // unfence says, before a place is opened, that the tenant is no longer fenced: if what follows dies, the validity job fences it again.

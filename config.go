@@ -68,7 +68,7 @@ type Config struct {
 	// "10.0.0.7:8080". It is shown to callers. Default: none, and this node is not named.
 	NodeAddress string
 	// ValidityCron is when the validity job re-reads what this node holds and finishes what a process that died has left: five cron fields or
-	// "@every 10m". The latter it does soon after Open, too. No zone prefix: fields are in UTC. Default: "@every 10m".
+	// "@every 10m". The latter it does one to two minutes after Open, too. No zone prefix: fields are in UTC. Default: "@every 10m".
 	ValidityCron string
 	// Lookups bounds the caches of the request path.
 	Lookups LookupConfig

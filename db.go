@@ -28,7 +28,7 @@ import (
 // [ErrTenantUnavailable]; when its connections are all in use and as many calls wait as may, or one has waited for
 // [Limits].AcquireTimeout, [ErrBusy]; a connection that is not the tenant's is [ErrIdentity] or [ErrPooler] (docs/poolers.md);
 // after [Tenancy.Close] it is [ErrClosed]. Errors of a statement are those of pgx, and the one of its ctx where the end of that broke the connection;
-// pgconn.SafeToRetry calls none safe whose statement may have been done.
+// pgconn.SafeToRetry calls none safe whose statement may have been done (what a batch's callbacks get is pgx's own).
 //
 // Cancelling a call's ctx ends its wait for a connection, or breaks the connection that runs its
 // statement, as in pgx.

@@ -1338,7 +1338,7 @@ func TestAServerThatIsFullIsWaitedFor(t *testing.T) {
 	if _, err := x.tn.DB().Exec(idle, `SELECT 1`); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(2100 * time.Millisecond) // who was used within the last two seconds keeps its floor
+	time.Sleep(300 * time.Millisecond) // who was used just now keeps its floor
 	for range max(x.stats().Conns, 1) {
 		held, err := x.tn.DB().Begin(x.ctx)
 		if err != nil {

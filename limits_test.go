@@ -95,20 +95,20 @@ func TestAFloodOfAUsedUpBudgetTakesNobodysLastConnection(t *testing.T) {
 	}
 	defer flood.Wait()
 	defer close(stop)
-	longest, last := time.Duration(0), time.Now()
+	still, last := int64(0), time.Now()
 	for calls := 0; calls < 300 || stats(acme).Starved == 0; calls++ {
 		work()
 		time.Sleep(2 * time.Millisecond)
-		longest, last = max(longest, time.Since(last)), time.Now()
+		if time.Since(last) >= 80*time.Millisecond { // after 100 it is not at work any more, and keeps nothing
+			still++
+		}
+		last = time.Now()
 		if t.Failed() {
 			return
 		}
 	}
-	if longest >= time.Second {
-		t.Skipf("this machine stood still for %v, and who is not at work keeps nothing", longest)
-	}
-	if s := stats(globex.ID); s.Starved != 0 || s.Waits != before.Waits || s.Conns != 1 {
-		t.Errorf("the other tenant: %+v, before %+v", s, before)
+	if s := stats(globex.ID); s.Starved > still || s.Waits > before.Waits+still || s.Conns != 1 {
+		t.Errorf("the other tenant, whose calls stood still %d times: %+v, before %+v", still, s, before)
 	}
 	for s := range tn.Servers() {
 		if s.Hungry == 0 {

@@ -150,3 +150,26 @@ func TestNoRotationBeginsBeforeTheLastOneHasEnded(t *testing.T) {
 	wantOneLogin(t, f, tn, acme.ID, true)
 	wantOneLogin(t, f, tn, globex.ID, true)
 }
+
+// TestAMoveThatIsOvertakenByAResumeClosesNothing: another process has moved the tenant, which was suspended, and resumed it.
+func TestAMoveThatIsOvertakenByAResumeClosesNothing(t *testing.T) {
+	t.Parallel()
+	f, tn, acme, _ := twoTenants(t, tenancy.Config{DrainTimeout: 200 * time.Millisecond})
+	other := f.Open(t, tenancy.Config{DrainTimeout: 200 * time.Millisecond})
+	there := prepare(t, tn, acme.ID, "")
+	if err := tn.Catalog().Suspend(t.Context(), acme.ID, tenancy.Suspension{}); err != nil {
+		t.Fatal(err)
+	}
+	err := tenancy.MoveLate(t.Context(), tn, acme.ID, there, func() {
+		if err := other.Catalog().SetDataSource(t.Context(), acme.ID, there); err != nil {
+			t.Fatal(err)
+		}
+		if err := other.Catalog().Resume(t.Context(), acme.ID); err != nil {
+			t.Fatal(err)
+		}
+	})
+	wantError(t, err, tenancy.ErrInProgress)
+	if login := sourceOf(t, tn, acme.ID).User; !scan[bool](t, f.Admin(t, "tenants"), `SELECT rolcanlogin FROM pg_roles WHERE rolname = $1`, login) {
+		t.Errorf("the login %s of a tenant in service is closed", login)
+	}
+}

@@ -24,7 +24,7 @@ type TenantStats struct {
 	Canceled int64         // calls whose ctx ended while they waited in line
 }
 
-// Stats returns the tenants that have a pool on this node, in no order. It takes no lock that a call would wait for, and
+// Stats returns the tenants that have a pool on this node, in no order. It takes no lock for longer than a moment, and
 // can be read each second for thousands of tenants. Pools that are replaced and still in use are left out.
 func (tn *Tenancy) Stats() iter.Seq2[ID, TenantStats] {
 	return func(yield func(ID, TenantStats) bool) {

@@ -21,8 +21,8 @@ const (
 )
 
 // soonAfterOpen is when a node ties up loose ends for the first time, up to half of it earlier, so that nodes which are deployed together do not do it together:
-// where they are deployed often, none may live until ValidityCron. A node that ended before Open has left nothing that is not old enough by then. Tests set it.
-var soonAfterOpen = time.Minute
+// where they are deployed often, none may live until ValidityCron. What a node that ended before Open has left is old enough by then, but for the place of a Prepare. Tests set it.
+var soonAfterOpen = 2 * time.Minute
 
 // startJob runs check at the times of Config.ValidityCron, and finish once before, until endJob.
 func (f *feed) startJob() error {

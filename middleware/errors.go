@@ -141,6 +141,9 @@ func answerFor(r *http.Request, err error) answer {
 	if a.class == context.Canceled && r.Context().Err() != nil {
 		return answer{status: statusClientGone, title: "Client closed the request"}
 	}
+	if (a.class == context.Canceled || a.class == context.DeadlineExceeded) && broken(err) {
+		a.halfway = true // by its end the connection broke, and a statement may have been on it
+	}
 	if a.halfway && !safe(r.Method) {
 		return unknown
 	}

@@ -101,7 +101,7 @@ func (v view) page(l *load, now figures, rate float64, elapsed time.Duration) (l
 		for _, t := range tenants[:min(5, len(tenants))] {
 			wait := "-"
 			if t.WaitTime > 0 {
-				wait = (t.WaitTime / time.Duration(t.Waits)).Round(10 * time.Microsecond).String()
+				wait = (t.WaitTime / time.Duration(max(1, t.Waits))).Round(10 * time.Microsecond).String()
 			}
 			add("%-16s  %5d  %5d  %4d  %7d  %9s", t.Name, t.calls, t.Conns, t.Busy, t.Waiting, wait)
 		}

@@ -44,7 +44,7 @@ type Account struct {
 
 	waits   atomic.Int64 // callers who had to wait
 	waited  atomic.Int64 // for how long, in ns
-	starved atomic.Int64 // times that a permit had to be waited for
+	starved atomic.Int64 // times that a permit had to be waited for, and callers who waited for one in vain
 
 	// Guarded by server.mu.
 	waiters    []*waiter          // in the order in which they are called
@@ -253,6 +253,10 @@ func (a *Account) expire() {
 			a.expireLocked(w.deadline)
 			return false
 		}
+		if a.line != nil {
+			a.starved.Add(1)
+			a.server.Totals.Starved.Add(1)
+		}
 		w.ready <- err
 		return true
 	})
@@ -440,7 +444,8 @@ func (a *Account) aboveFloor() bool {
 // needsFloorLocked says whether a needs all its connections for its floor: it has no more, those that make room already aside, and was used
 // lately.
 func (a *Account) needsFloorLocked() bool {
-	return connsOf(a.state.Load())-a.evicting <= a.cfg.Floor && a.used.Load() >= a.server.rested
+	s := a.state.Load()
+	return connsOf(s)-a.evicting <= a.cfg.Floor && (busyOf(s) > a.evicting || a.used.Load() >= a.server.rested)
 }
 
 // mayTakeFrom says whether a has nothing, or would have no more than b after a connection has changed hands. Otherwise the two would take it

@@ -45,7 +45,7 @@ const (
 	// above, and how long a new connection is kept for the account that it was made for: changing hands costs a connect.
 	patience = 20 * time.Millisecond
 	// rest is how long an account is unused before its floor makes room for those who have theirs. It may take up to twice as long.
-	rest = time.Second
+	rest = 100 * time.Millisecond
 )
 
 // Limits of one server.
@@ -252,6 +252,11 @@ func (s *Server) takesFloorLocked(a *Account) bool {
 		return true
 	}
 	b := s.poor.firstBut(a)
+	for n := s.poor.len(); n > 1 && b != nil && !b.mayTakeFrom(a); n-- {
+		s.poor.remove(b)
+		s.poor.push(b)
+		b = s.poor.firstBut(a)
+	}
 	if b == nil || len(s.works)+s.poor.len() <= coming || !b.mayTakeFrom(a) {
 		return false
 	}

@@ -157,7 +157,7 @@ func TestWhoHasNothingTakesFromThoseAboveTheirFloorFirst(t *testing.T) {
 		flooded, b, c := w.pool(1, 3), w.pool(1, 1), w.pool(1, 1)
 		b.give(w.take(b))
 		leave := w.crowd(flooded, 50, 5*ms)
-		time.Sleep(time.Second)
+		w.working(b, time.Second)
 		next := w.call(c)
 		w.working(b, 100*ms)
 		if d := next.wait(); d > 5*ms || b.evicts.Load() != 0 {
@@ -269,5 +269,42 @@ func TestShrinkTakesTheFloorOfWhoIsAtWorkOnlyForWhoHasLess(t *testing.T) {
 		attempt(0)
 		p.drop(held)
 		attempt(1)
+	})
+}
+
+// TestQuietTenantsDoNotKeepTheirFloorFromWhoIsBusy: each has a call a second, and its connection is idle between them.
+func TestQuietTenantsDoNotKeepTheirFloorFromWhoIsBusy(t *testing.T) {
+	in(t, 10, func(t *testing.T, w *world) {
+		stop := make(chan struct{})
+		var quiet sync.WaitGroup
+		for range 8 {
+			q := w.pool(1, 1)
+			quiet.Go(func() {
+				for {
+					c, err := q.take(context.Background(), time.Minute)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					time.Sleep(ms)
+					q.give(c)
+					select {
+					case <-stop:
+						return
+					case <-time.After(900 * ms):
+					}
+				}
+			})
+		}
+		time.Sleep(100 * ms)
+		busy := w.pool(1, 8)
+		leave := w.crowd(busy, 50, 5*ms)
+		time.Sleep(10 * time.Second)
+		if u := busy.account.Usage(); u.Conns < 5 {
+			t.Errorf("beside eight that are nearly always idle it has %d connections of 10", u.Conns)
+		}
+		close(stop)
+		quiet.Wait()
+		leave()
 	})
 }
