@@ -127,7 +127,7 @@ func TestASessionThatEndedIsNoFailureOfTheService(t *testing.T) {
 	ended := map[error]bool{ // whether nothing was done
 		&pgconn.PgError{Code: "57P01"}: false, &pgconn.PgError{Code: "57P02"}: false, &pgconn.PgError{Code: "57P03"}: true, &pgconn.PgError{Code: "25006"}: true,
 		&pgconn.PgError{Code: "08P01", Severity: "FATAL", Message: "server conn crashed?"}: false,
-		fmt.Errorf("%w: %w", context.DeadlineExceeded, pgconn.ErrConnClosed): false, // the deadline was why
+		fmt.Errorf("%w: %w", context.DeadlineExceeded, pgconn.ErrConnClosed):               false, // the deadline was why
 		pgconn.ErrConnClosed: false, io.ErrUnexpectedEOF: false, net.ErrClosed: false,
 		&net.OpError{Op: "read", Err: os.NewSyscallError("read", syscall.ECONNRESET)}: false, &net.OpError{Op: "write", Err: os.NewSyscallError("write", syscall.EPIPE)}: false,
 		&net.OpError{Op: "read", Err: os.NewSyscallError("read", syscall.ETIMEDOUT)}: false,
